@@ -1,0 +1,93 @@
+"""The contract of the compiled core (one entry for each thing it exports).
+
+Every call raises `OSError` with the kernel's errno and the call's name, checks nothing that
+the kernel checks, and keeps no state. Addresses and lengths are bytes; a negative or too
+large integer is `OverflowError`.
+"""
+
+from collections.abc import Buffer
+from typing import Final, final
+
+PROT_NONE: Final[int]
+PROT_READ: Final[int]
+PROT_WRITE: Final[int]
+MAP_SHARED: Final[int]
+MAP_PRIVATE: Final[int]
+MAP_FIXED_NOREPLACE: Final[int]
+MADV_POPULATE_READ: Final[int]
+MADV_POPULATE_WRITE: Final[int]
+MADV_DONTDUMP: Final[int]
+F_SEAL_SEAL: Final[int]
+F_SEAL_SHRINK: Final[int]
+F_SEAL_GROW: Final[int]
+F_SEAL_WRITE: Final[int]
+F_SEAL_FUTURE_WRITE: Final[int]
+F_SEAL_EXEC: Final[int]
+MFD_NOEXEC_SEAL: Final[int]
+
+@final
+class MappedMemory:
+    """Owns a range of addresses of this task; munmap when it is let go. Never moves."""
+
+    @property
+    def address(self) -> int: ...
+    @property
+    def length(self) -> int: ...
+
+@final
+class Window:
+    """Exports `nbytes` at `offset` of a mapped range; counts its views in `exports`."""
+
+    def __init__(
+        self, memory: MappedMemory, offset: int, nbytes: int, writable: bool
+    ) -> None: ...
+    @property
+    def memory(self) -> MappedMemory: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def writable(self) -> bool: ...
+    @property
+    def exports(self) -> int: ...
+    @property
+    def address(self) -> int: ...
+    def __len__(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+class Exporter:
+    """Base of the classes whose views are their window's."""
+
+    def _export(self) -> Window: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+def map_memory(
+    address: int, length: int, prot: int, flags: int, fd: int, offset: int
+) -> MappedMemory: ...
+def reserve_memory(length: int) -> MappedMemory:
+    """Addresses without pages or rights (PROT_NONE, not reserved against the commit limit)."""
+
+def place_memory(
+    memory: MappedMemory, at: int, length: int, prot: int, flags: int, fd: int, offset: int
+) -> None:
+    """mmap(MAP_FIXED) inside a range that this process reserved, and nowhere else."""
+
+def duplicate_memory(address: int, length: int) -> MappedMemory:
+    """A second mapping of a shared range of this task (mremap, old size 0)."""
+
+def mprotect(address: int, length: int, prot: int) -> None: ...
+def madvise(address: int, length: int, advice: int) -> None: ...
+def mlock(address: int, length: int) -> None: ...
+def munlock(address: int, length: int) -> None: ...
+def mincore(address: int, length: int, page_size: int) -> bytes:
+    """One byte a page; bit 0 says that it is resident."""
+
+def process_vm_readv(pid: int, buffer: Buffer, address: int) -> int:
+    """Fill `buffer` from the task's memory; the count is short where a page could not be read."""
+
+def process_vm_writev(pid: int, buffer: Buffer, address: int) -> int: ...
+def pidfd_getfd(pidfd: int, fd: int) -> int: ...
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None: ...
+def copy_memory(target: Buffer, source: Buffer) -> None: ...
+def buffer_address(buffer: Buffer) -> tuple[int, int, bool]: ...

@@ -1,0 +1,298 @@
+# cython: language_level=3, binding=False, embedsignature=False
+# cython: freethreading_compatible=True, boundscheck=False
+"""The compiled core: system calls and the exporters of memory. It decides nothing.
+
+Everything takes integers and buffers. Every failure is an `OSError` whose errno is the
+kernel's and whose text begins with the call's name. What can take long runs without the
+GIL. The typed list of what is here is `_native.pyi`; a test holds this file to it.
+"""
+
+from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_SIMPLE, PyBUF_STRIDES, PyBUF_WRITABLE
+from cpython.buffer cimport PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AsString, PyBytes_FromStringAndSize
+from libc.stdint cimport int64_t, uintptr_t
+from libc.string cimport memmove, strerror
+
+cdef extern from "syscalls.h" nogil:
+    long md_mmap(uintptr_t, size_t, int, int, int, int64_t)
+    long md_munmap(uintptr_t, size_t)
+    long md_mprotect(uintptr_t, size_t, int)
+    long md_madvise(uintptr_t, size_t, int)
+    long md_mlock(uintptr_t, size_t)
+    long md_munlock(uintptr_t, size_t)
+    long md_mincore(uintptr_t, size_t, unsigned char *)
+    long md_duplicate(uintptr_t, size_t)
+    long md_process_vm_readv(int, void *, size_t, uintptr_t)
+    long md_process_vm_writev(int, void *, size_t, uintptr_t)
+    long md_pidfd_getfd(int, int)
+    long md_fallocate(int, int, int64_t, int64_t)
+    enum:
+        C_PROT_NONE "PROT_NONE"
+        C_PROT_READ "PROT_READ"
+        C_PROT_WRITE "PROT_WRITE"
+        C_MAP_SHARED "MAP_SHARED"
+        C_MAP_PRIVATE "MAP_PRIVATE"
+        C_MAP_ANONYMOUS "MAP_ANONYMOUS"
+        C_MAP_FIXED "MAP_FIXED"
+        C_MAP_FIXED_NOREPLACE "MAP_FIXED_NOREPLACE"
+        C_MAP_NORESERVE "MAP_NORESERVE"
+        C_MADV_POPULATE_READ "MADV_POPULATE_READ"
+        C_MADV_POPULATE_WRITE "MADV_POPULATE_WRITE"
+        C_MADV_DONTDUMP "MADV_DONTDUMP"
+
+PROT_NONE = C_PROT_NONE
+PROT_READ = C_PROT_READ
+PROT_WRITE = C_PROT_WRITE
+MAP_SHARED = C_MAP_SHARED
+MAP_PRIVATE = C_MAP_PRIVATE
+MAP_FIXED_NOREPLACE = C_MAP_FIXED_NOREPLACE
+MADV_POPULATE_READ = C_MADV_POPULATE_READ
+MADV_POPULATE_WRITE = C_MADV_POPULATE_WRITE
+MADV_DONTDUMP = C_MADV_DONTDUMP
+
+# linux/fcntl.h and linux/memfd.h: absent from the standard library before 3.13.
+F_SEAL_SEAL = 0x0001
+F_SEAL_SHRINK = 0x0002
+F_SEAL_GROW = 0x0004
+F_SEAL_WRITE = 0x0008
+F_SEAL_FUTURE_WRITE = 0x0010
+F_SEAL_EXEC = 0x0020
+MFD_NOEXEC_SEAL = 0x0008
+
+
+cdef long _check(long rc, str call) except -1:
+    """Give back a result, or raise what the kernel said, with the name of the call."""
+    if rc < 0:
+        raise OSError(-rc, f"{call}: {(<bytes>strerror(<int>-rc)).decode()}")
+    return rc
+
+
+cdef class MappedMemory:
+    """One range of this task's addresses, unmapped when the last holder lets go of it.
+
+    It can not be taken from under a view: a `Window` holds it, and views hold the window.
+    """
+
+    cdef readonly unsigned long address
+    cdef readonly unsigned long length
+
+    def __init__(self):
+        raise TypeError("made by map_memory(), reserve_memory() or duplicate_memory()")
+
+    def __dealloc__(self):
+        # munmap of populated memory takes 0.1 us a page: do not hold up other threads.
+        if self.length:
+            with nogil:
+                md_munmap(self.address, self.length)
+
+
+cdef MappedMemory _owned(long address, size_t length):
+    cdef MappedMemory memory = MappedMemory.__new__(MappedMemory)
+    memory.address = <unsigned long>address
+    memory.length = length
+    return memory
+
+
+def map_memory(size_t address, size_t length, int prot, int flags, int fd, long offset):
+    cdef long rc
+    with nogil:
+        rc = md_mmap(address, length, prot, flags, fd, offset)
+    _check(rc, "mmap")
+    return _owned(rc, length)
+
+
+def reserve_memory(size_t length):
+    cdef long rc
+    with nogil:
+        rc = md_mmap(0, length, C_PROT_NONE, C_MAP_PRIVATE | C_MAP_ANONYMOUS | C_MAP_NORESERVE, -1, 0)
+    _check(rc, "mmap")
+    return _owned(rc, length)
+
+
+def place_memory(MappedMemory memory not None, size_t at, size_t length, int prot, int flags,
+                 int fd, long offset):
+    cdef long rc
+    if at > memory.length or length > memory.length - at:
+        raise ValueError("place_memory: outside the reserved range")
+    with nogil:
+        rc = md_mmap(memory.address + at, length, prot, flags | C_MAP_FIXED, fd, offset)
+    _check(rc, "mmap")
+
+
+def duplicate_memory(size_t address, size_t length):
+    cdef long rc
+    with nogil:
+        rc = md_duplicate(address, length)
+    _check(rc, "mremap")
+    return _owned(rc, length)
+
+
+cdef char *BYTES = "B"  # unsigned bytes, in the notation of the struct module
+
+
+cdef class Window:
+    """The bytes of some mapped memory that Python may see: the one exporter of buffers.
+
+    Counts its views. Holds its memory, so that no view can outlive the pages under it.
+    """
+
+    cdef readonly MappedMemory memory
+    cdef readonly unsigned long offset
+    cdef readonly Py_ssize_t nbytes
+    cdef readonly bint writable
+    cdef readonly Py_ssize_t exports
+
+    def __init__(self, MappedMemory memory not None, size_t offset, size_t nbytes, bint writable):
+        if offset > memory.length or nbytes > memory.length - offset:
+            raise ValueError("Window: outside the mapped range")
+        self.memory = memory
+        self.offset = offset
+        self.nbytes = nbytes
+        self.writable = writable
+
+    @property
+    def address(self):
+        return self.memory.address + self.offset
+
+    cdef int _fill(self, Py_buffer *view, int flags) except -1:
+        if flags & PyBUF_WRITABLE and not self.writable:
+            raise BufferError("this memory is read-only")
+        view.buf = <void *><size_t>(self.memory.address + self.offset)
+        view.obj = self
+        view.len = self.nbytes
+        view.readonly = not self.writable
+        view.itemsize = 1
+        view.format = BYTES if flags & PyBUF_FORMAT else NULL
+        view.ndim = 1
+        view.shape = &view.len if flags & PyBUF_ND else NULL
+        view.strides = &view.itemsize if flags & PyBUF_STRIDES == PyBUF_STRIDES else NULL
+        view.suboffsets = NULL
+        view.internal = NULL
+        self.exports += 1
+        return 0
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        self._fill(view, flags)
+
+    def __releasebuffer__(self, Py_buffer *view):
+        self.exports -= 1
+
+    def __len__(self):
+        return self.nbytes
+
+
+cdef class Exporter:
+    """Base of every class that gives the buffer protocol: its views are its window's.
+
+    A subclass answers `_export()` with a `Window`, or raises. The window, not the subclass,
+    is what the views keep alive, so dropping or closing the subclass never touches a view.
+    """
+
+    cdef object __weakref__
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        cdef Window window = self._export()
+        window._fill(view, flags)
+
+
+def mprotect(size_t address, size_t length, int prot):
+    cdef long rc
+    with nogil:
+        rc = md_mprotect(address, length, prot)
+    _check(rc, "mprotect")
+
+
+def madvise(size_t address, size_t length, int advice):
+    cdef long rc
+    with nogil:
+        rc = md_madvise(address, length, advice)
+    _check(rc, "madvise")
+
+
+def mlock(size_t address, size_t length):
+    cdef long rc
+    with nogil:
+        rc = md_mlock(address, length)
+    _check(rc, "mlock")
+
+
+def munlock(size_t address, size_t length):
+    cdef long rc
+    with nogil:
+        rc = md_munlock(address, length)
+    _check(rc, "munlock")
+
+
+def mincore(size_t address, size_t length, size_t page_size):
+    cdef long rc
+    cdef bytes pages = PyBytes_FromStringAndSize(NULL, (length + page_size - 1) // page_size)
+    cdef unsigned char *at = <unsigned char *>PyBytes_AsString(pages)
+    with nogil:
+        rc = md_mincore(address, length, at)
+    _check(rc, "mincore")
+    return pages
+
+
+def process_vm_readv(int pid, buffer, size_t address):
+    cdef Py_buffer view
+    cdef long rc
+    PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
+    try:
+        with nogil:
+            rc = md_process_vm_readv(pid, view.buf, view.len, address)
+    finally:
+        PyBuffer_Release(&view)
+    return _check(rc, "process_vm_readv")
+
+
+def process_vm_writev(int pid, buffer, size_t address):
+    cdef Py_buffer view
+    cdef long rc
+    PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE)
+    try:
+        with nogil:
+            rc = md_process_vm_writev(pid, view.buf, view.len, address)
+    finally:
+        PyBuffer_Release(&view)
+    return _check(rc, "process_vm_writev")
+
+
+def pidfd_getfd(int pidfd, int fd):
+    cdef long rc
+    with nogil:
+        rc = md_pidfd_getfd(pidfd, fd)
+    return _check(rc, "pidfd_getfd")
+
+
+def fallocate(int fd, int mode, long offset, long length):
+    cdef long rc
+    with nogil:
+        rc = md_fallocate(fd, mode, offset, length)
+    _check(rc, "fallocate")
+
+
+def copy_memory(target, source):
+    """Copy `source` over `target`, two contiguous buffers of one size, without the GIL."""
+    cdef Py_buffer into, of
+    PyObject_GetBuffer(target, &into, PyBUF_SIMPLE | PyBUF_WRITABLE)
+    try:
+        PyObject_GetBuffer(source, &of, PyBUF_SIMPLE)
+        try:
+            if into.len != of.len:
+                raise ValueError(f"copy_memory: {of.len} bytes into {into.len}")
+            with nogil:
+                memmove(into.buf, of.buf, of.len)
+        finally:
+            PyBuffer_Release(&of)
+    finally:
+        PyBuffer_Release(&into)
+
+
+def buffer_address(buffer):
+    """Where a contiguous buffer lies: (address, nbytes, readonly)."""
+    cdef Py_buffer view
+    PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE)
+    try:
+        return <size_t>view.buf, view.len, bool(view.readonly)
+    finally:
+        PyBuffer_Release(&view)

@@ -1,0 +1,283 @@
+"""Every exception of the library, and the reasons that mapping and wiring fail for.
+
+One root, `MemdescError`. Each class is also the builtin that a caller would already catch,
+and keeps `errno`. A message says what was tried, with the numbers, the cause, and what to do.
+Exceptions survive pickling with all their fields. This module knows no other room.
+"""
+
+from __future__ import annotations
+
+import os
+from enum import Enum
+from typing import Any
+
+__all__ = [
+    "MemdescError",
+    "InvalidArgument",
+    "RangeError",
+    "ClosedError",
+    "TaskGoneError",
+    "NotPrivilegedError",
+    "UnsupportedError",
+    "AllocationError",
+    "SealedError",
+    "MappingError",
+    "MappingReason",
+    "WiringError",
+    "WiringReason",
+    "NotPreparedError",
+    "CopyError",
+    "StringTooLongError",
+    "ServiceNotFoundError",
+    "NameInUseError",
+    "ShareNotFoundError",
+    "AccessDeniedError",
+    "PeerGoneError",
+    "ProtocolError",
+    "TimedOutError",
+]
+
+
+class MemdescError(Exception):
+    """Root of the family.
+
+    Parameters
+    ----------
+    message : str
+        What was tried, the numbers, the cause, what to do.
+    errno : int, optional
+        The kernel's (or the nearest) error number; None where none applies.
+    """
+
+    errno: int | None
+    _FIELDS: tuple[str, ...] = ()
+
+    def __init__(self, message: str, *, errno: int | None = None) -> None:
+        # OSError.__init__ fills errno and strerror from two arguments; the others take one.
+        if isinstance(self, OSError):
+            super().__init__(errno, message)
+        else:
+            super().__init__(message)
+        self.message = message
+        self.errno = errno
+
+    def __str__(self) -> str:
+        return self.message
+
+    def __reduce__(self) -> Any:
+        fields = {name: getattr(self, name) for name in self._FIELDS}
+        return _rebuild, (type(self), self.message, self.errno, fields)
+
+
+def _rebuild(
+    kind: type[MemdescError], message: str, errno: int | None, fields: dict[str, Any]
+) -> MemdescError:
+    return kind(message, errno=errno, **fields)
+
+
+def describe_errno(error: OSError) -> str:
+    """Give the kernel's answer as it stands in our messages: the call and the errno's name."""
+    import errno as names
+
+    call = (error.strerror or "").partition(":")[0]
+    if call == os.strerror(error.errno or 0):
+        call = "the kernel"
+    name = names.errorcode.get(error.errno or 0, str(error.errno))
+    return f"{call} answered {name}"
+
+
+class InvalidArgument(MemdescError, ValueError):
+    """An argument is outside what the call is defined for."""
+
+
+class RangeError(MemdescError, IndexError):
+    """An offset or length reaches past the memory that is described. Nothing is ever clipped."""
+
+
+class ClosedError(MemdescError, ValueError):
+    """The object was closed, or belongs to the parent of this forked process."""
+
+
+class TaskGoneError(MemdescError, ProcessLookupError):
+    """The task has ended, or its pid now names another process (ESRCH)."""
+
+
+class NotPrivilegedError(MemdescError, PermissionError):
+    """The kernel denies this process the means (EPERM, EACCES); the message names the privilege."""
+
+
+class UnsupportedError(MemdescError, NotImplementedError):
+    """This kernel lacks the feature; the message says since when Linux has it."""
+
+
+class AllocationError(MemdescError, OSError, MemoryError):
+    """The memory can not be reserved (ENOMEM, ENOSPC, EMFILE, …): raised at creation.
+
+    Attributes
+    ----------
+    requested, available : int or None
+        Bytes asked for, and bytes that the tightest limit leaves.
+    """
+
+    _FIELDS = ("requested", "available")
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        errno: int | None = None,
+        requested: int | None = None,
+        available: int | None = None,
+    ) -> None:
+        super().__init__(message, errno=errno)
+        self.requested = requested
+        self.available = available
+
+
+class SealedError(MemdescError, PermissionError):
+    """The memory's seals, or its `max_access`, forbid what was asked."""
+
+
+class MappingReason(Enum):
+    """Why a mapping could not be made. `docs/why-your-map-failed.md` has a section for each."""
+
+    ZERO_LENGTH = "the descriptor, or the range asked for, is empty"
+    OUT_OF_RANGE = "the range asked for reaches past the descriptor"
+    ACCESS = "more access was asked for than the memory gives to that task"
+    NOT_ENFORCED = "read-only was asked for on memory whose seals can not enforce it"
+    TASK_GONE = "the task has ended"
+    NOT_MAPPED = "the described addresses are not (all) mapped in their task"
+    PRIVATE_MEMORY = "private memory (malloc, the stack, …) can not be mapped by another task"
+    ZONE_MEMORY = "zone memory is small, private and never shared"
+    SEVERAL_OBJECTS = "the described addresses belong to more than one VM object"
+    CAN_SHRINK = "the owner of the object could take its pages away under the mapping"
+    NOT_CONGRUENT = "inner borders of the ranges do not lie on page borders"
+    ADDRESS_UNALIGNED = "the fixed address is not a multiple of the page size"
+    ADDRESS_IN_USE = "something is mapped at the fixed address"
+    GUARDS_NEED_ANYWHERE = "guard pages can not be had at a fixed address"
+    NO_SUCH_MAPPING = "no mapping exists that this one could refer to"
+    NO_SPACE = "the task has no room for it in its address space"
+    TOO_MANY_MAPPINGS = "the task has reached vm.max_map_count"
+    TOO_MANY_FILES = "the task has no file descriptor left"
+    NO_MEMORY = "the memory for it could not be had"
+    NOT_PRIVILEGED = "the kernel does not let this process reach that memory"
+    NOT_CONNECTED = "no connection to that task exists"
+    SEVERAL_CONNECTIONS = "more than one connection to that task exists"
+    NOT_ANSWERING = "the task did not answer in time"
+    REFUSED = "the task refused the mapping"
+    PEER_GONE = "the connection to the task ended"
+    FALSE_ANSWER = "the task's maps do not show what it answered"
+
+
+class MappingError(MemdescError, OSError):
+    """`create_mapping_in_task`, `map` or the unmapping of one failed; `reason` says why.
+
+    I/O Kit returns NULL for all of these (`IOMemoryDescriptor::createMappingInTask`).
+
+    Attributes
+    ----------
+    reason : MappingReason
+    """
+
+    _FIELDS = ("reason",)
+
+    def __init__(self, message: str, *, reason: MappingReason, errno: int | None = None) -> None:
+        super().__init__(message, errno=errno)
+        self.reason = reason
+
+
+class WiringReason(Enum):
+    """Why memory could not be wired."""
+
+    LIMIT = "the task's limit on locked memory (RLIMIT_MEMLOCK)"
+    NOT_PRIVILEGED = "the task may not lock memory at all"
+    NOT_MAPPED = "part of the range is not mapped"
+    PROTECTION = "part of the range may not be accessed"
+    NOT_WRITABLE = "memory wired for reading only can not be wired for writing meanwhile"
+    NO_MEMORY = "the pages could not be brought into memory"
+    TOO_MANY_MAPPINGS = "the task has reached vm.max_map_count"
+    OTHER_TASK = "private memory of another task can not be wired from here"
+
+
+class WiringError(MemdescError, OSError):
+    """`wire`, `prepare` or `wired=True` failed; nothing that the call touched stays wired.
+
+    Attributes
+    ----------
+    reason : WiringReason
+    """
+
+    _FIELDS = ("reason",)
+
+    def __init__(self, message: str, *, reason: WiringReason, errno: int | None = None) -> None:
+        super().__init__(message, errno=errno)
+        self.reason = reason
+
+
+class NotPreparedError(MemdescError, RuntimeError):
+    """`complete()` without a `prepare()` before it, or prepared memory was needed."""
+
+
+class CopyError(MemdescError, OSError):
+    """copyin, copyout or copyinstr stopped at an address that can not be read or written.
+
+    Attributes
+    ----------
+    expected, completed : int
+        Bytes asked for, and bytes copied before the fault (they stay copied).
+    """
+
+    _FIELDS = ("expected", "completed")
+
+    def __init__(
+        self, message: str, *, expected: int = 0, completed: int = 0, errno: int | None = None
+    ) -> None:
+        super().__init__(message, errno=errno)
+        self.expected = expected
+        self.completed = completed
+
+
+class StringTooLongError(CopyError):
+    """copyinstr found no NUL within the maximum (ENAMETOOLONG); `data` holds what was read."""
+
+    _FIELDS = ("expected", "completed", "data")
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        expected: int = 0,
+        completed: int = 0,
+        errno: int | None = None,
+        data: bytes = b"",
+    ) -> None:
+        super().__init__(message, expected=expected, completed=completed, errno=errno)
+        self.data = data
+
+
+class ServiceNotFoundError(MemdescError, ConnectionError):
+    """No service of that name appeared in time (ENOENT, ECONNREFUSED)."""
+
+
+class NameInUseError(MemdescError, OSError):
+    """A living service has that name (EADDRINUSE)."""
+
+
+class ShareNotFoundError(MemdescError, KeyError):
+    """The service shares nothing under that name, or not with this client."""
+
+
+class AccessDeniedError(MemdescError, PermissionError):
+    """The service's rule does not admit this client (EACCES)."""
+
+
+class PeerGoneError(MemdescError, ConnectionError):
+    """The other side of the connection has ended (ECONNRESET)."""
+
+
+class ProtocolError(MemdescError, ConnectionError):
+    """The other side sent what is not of the protocol; the connection was ended (EPROTO)."""
+
+
+class TimedOutError(MemdescError, TimeoutError):
+    """The time given ran out (ETIMEDOUT)."""

@@ -77,7 +77,7 @@ class Region:
     object : VMObject
     path : str
         What the kernel shows as the name, empty if nothing. A newline in a file's name is shown
-        by the kernel as `\\012` and is a newline here.
+        by the kernel as `\012` and is a newline here.
     """
 
     start: Address

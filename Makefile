@@ -1,0 +1,126 @@
+# Every command of the project. Each does its own set-up; `make` alone lists them.
+#
+# Needs python3 >= 3.11 with venv, gcc and make. All else is installed into .venv, in the
+# versions of constraints.txt.
+
+PYTHON ?= python3
+ARGS ?=
+
+BIN := .venv/bin
+CORE := CMakeLists.txt $(wildcard src/memdesc/_core/*.pyx src/memdesc/_core/*.pxd src/memdesc/_core/*.h)
+SOURCES := $(CORE) $(shell find src -name '*.py' -o -name '*.pyi')
+HEADERS := $(wildcard src/memdesc/_core/*.h)
+PIP_INSTALL := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install \
+	-qq --disable-pip-version-check --constraint constraints.txt
+EDITABLE := --no-build-isolation --config-settings build-dir=build/editable --editable
+
+.NOTPARALLEL:
+.PHONY: help demo test test-fast test-wheel test-user test-container storm bench docs wheel \
+	lint types layers headers format clean
+
+help:
+	@echo "make demo            the main job; make demo ARGS='--json FILE ...' passes arguments on"
+	@echo "make test            all that must hold: lint, types, layers, headers, and every test,"
+	@echo "                     also from the wheel, as an ordinary user and as a container's root"
+	@echo "make test-fast       the tests shorter than a quarter of a second"
+	@echo "make test-wheel      the whole suite on the wheel, on every CPython >= 3.11 found"
+	@echo "make test-user       the whole suite as an ordinary user (started as root)"
+	@echo "make test-container  the whole suite as a container's root (started as root)"
+	@echo "make storm           the long storm of SIGKILLs"
+	@echo "make bench           the benchmarks"
+	@echo "make docs            the documentation, into docs/_build/html"
+	@echo "make wheel           the abi3 wheel, into dist"
+	@echo "make format          put the code into form"
+	@echo "make clean           remove all that was made here, .venv too"
+
+# --- The commands ---------------------------------------------------------------------------
+
+demo: .venv/demo.stamp
+	@$(BIN)/memdesc demo $(ARGS)
+
+test: lint types layers headers
+	@echo "== tests"
+	@$(BIN)/pytest --quiet -n 2 -m "not alone" $(ARGS)
+	@echo "== tests that measure the whole machine"
+	@$(BIN)/pytest --quiet -m alone $(ARGS)
+	@$(MAKE) --no-print-directory RUN_ARGS=--short test-wheel test-container test-user
+
+test-fast: .venv/test.stamp
+	@$(BIN)/pytest --quiet -n 2 -m "not slow and not alone" $(ARGS)
+
+test-wheel: wheel .venv/test.stamp
+	@$(BIN)/python tests/runs.py wheel $(RUN_ARGS)
+
+test-user: wheel .venv/test.stamp
+	@$(BIN)/python tests/runs.py user $(RUN_ARGS)
+
+test-container: .venv/test.stamp
+	@$(BIN)/python tests/runs.py container $(RUN_ARGS)
+
+storm: .venv/test.stamp
+	@MEMDESC_STORM=long $(BIN)/pytest --timeout 3600 tests/storm $(ARGS)
+
+bench: .venv/test.stamp
+	@for file in benchmarks/bench_*.py; do $(BIN)/python $$file $(ARGS) || exit; done
+
+docs: .venv/docs.stamp
+	@$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+wheel: build/wheel.stamp
+
+lint: .venv/test.stamp
+	@echo "== lint"
+	@$(BIN)/ruff check --quiet && $(BIN)/ruff format --check --quiet
+
+types: .venv/test.stamp
+	@echo "== types"
+	@$(BIN)/mypy
+
+layers: .venv/test.stamp
+	@echo "== layers"
+	@$(BIN)/lint-imports
+
+headers:
+	@echo "== headers"
+	@for header in $(HEADERS); do \
+		$(CC) -std=gnu11 -Wall -Wextra -Werror -fsyntax-only -x c $$header || exit; done
+
+format: .venv/test.stamp
+	@$(BIN)/ruff check --fix --quiet && $(BIN)/ruff format
+
+clean:
+	rm -rf .venv build dist docs/_build .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# --- Set-up ---------------------------------------------------------------------------------
+
+# What builds the core stays in .venv (no build isolation), so that a change of the core is
+# compiled in a second. CMake and Ninja come as packages.
+.venv/build.stamp: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("memdesc needs Python \
+	3.11 or later, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.11 ...")'
+	@echo "== setting up .venv"
+	@$(PYTHON) -m venv .venv
+	@$(PIP_INSTALL) scikit-build-core cython cython-cmake cmake ninja
+	@touch $@
+
+.venv/demo.stamp: .venv/build.stamp pyproject.toml $(CORE)
+	@$(PIP_INSTALL) $(EDITABLE) '.[cli]'
+	@touch $@
+
+.venv/test.stamp: .venv/build.stamp pyproject.toml $(CORE)
+	@$(PIP_INSTALL) $(EDITABLE) '.[cli,lint,test]'
+	@touch .venv/demo.stamp $@
+
+.venv/docs.stamp: .venv/build.stamp pyproject.toml $(CORE)
+	@$(PIP_INSTALL) $(EDITABLE) '.[cli,docs]'
+	@touch .venv/demo.stamp $@
+
+build/wheel.stamp: .venv/build.stamp pyproject.toml README.md LICENSE $(SOURCES)
+	@echo "== building the wheel"
+	@rm -rf dist
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip wheel -qq --no-deps \
+		--disable-pip-version-check --no-build-isolation \
+		--config-settings build-dir=build/wheel --wheel-dir dist .
+	@touch $@

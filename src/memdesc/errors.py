@@ -227,7 +227,7 @@ class CopyError(MemdescError, OSError):
         Bytes asked for, and bytes copied before the fault (they stay copied).
     """
 
-    _FIELDS = ("expected", "completed")
+    _FIELDS: tuple[str, ...] = ("expected", "completed")
 
     def __init__(
         self, message: str, *, expected: int = 0, completed: int = 0, errno: int | None = None

@@ -1,0 +1,88 @@
+"""What surrounds every test: a folder of its own for services, and the leak guard.
+
+At the end of a run: the tests that were skipped, grouped by the reason.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from memdesc.testing import LeakKind, leak_guard
+
+_failed = pytest.StashKey[bool]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "leaves(*kinds, reason): this test leaves these kinds of things behind on purpose "
+        f"({', '.join(kind.value for kind in LeakKind)})",
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report = yield
+    if report.when == "call":
+        item.stash[_failed] = report.failed
+    return report
+
+
+@pytest.fixture(autouse=True)
+def runtime_dir() -> Iterator[Path]:
+    """Services of a test live in a folder of its own (short: a socket's path has 107 bytes)."""
+    folder = tempfile.mkdtemp(prefix="md-")
+    before = os.environ.get("MEMDESC_RUNTIME_DIR")
+    os.environ["MEMDESC_RUNTIME_DIR"] = folder
+    yield Path(folder)
+    if before is None:
+        del os.environ["MEMDESC_RUNTIME_DIR"]
+    else:
+        os.environ["MEMDESC_RUNTIME_DIR"] = before
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(request: pytest.FixtureRequest, runtime_dir: Path) -> Iterator[None]:
+    """Fail a test that leaves something behind. Not one that failed: its frames hold on."""
+    allow: set[LeakKind] = set()
+    for mark in request.node.iter_markers("leaves"):
+        if not mark.kwargs.get("reason"):
+            raise pytest.UsageError("the marker `leaves` needs a reason")
+        allow.update(LeakKind(kind) for kind in mark.args)
+    guard = leak_guard(allow=allow)
+    guard.__enter__()
+    yield
+    if request.node.stash.get(_failed, False):
+        return
+    os.environ["MEMDESC_RUNTIME_DIR"] = str(runtime_dir)  # a test may have set another one
+    guard.__exit__(None, None, None)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(_reason(report) for report in skipped)
+    if reasons:
+        terminalreporter.section("skipped, by reason")
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"{count:5}  {reason}")
+        for nodeid in sorted({_short(r.nodeid) for r in skipped if _reason(r) == reason}):
+            terminalreporter.write_line(f"         {nodeid}")
+
+
+def _reason(report: pytest.TestReport) -> str:
+    where = report.longrepr
+    text = where[2] if isinstance(where, tuple) else str(where)
+    return text.removeprefix("Skipped: ")
+
+
+def _short(nodeid: str) -> str:
+    """The test without its parameters: a grid that is skipped is one line."""
+    return nodeid.partition("[")[0]

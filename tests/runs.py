@@ -1,0 +1,190 @@
+"""Runs the test suite elsewhere: as other users, and on other interpreters.
+
+    runs.py user       as an ordinary user (uid 65534, 8 MiB of RLIMIT_MEMLOCK), on the wheel
+    runs.py container  as root without SYS_ADMIN, SYS_PTRACE, IPC_LOCK and CHECKPOINT_RESTORE
+    runs.py wheel      the wheel, on every CPython >= 3.11 that is found
+
+`--short` leaves out what is slow. What this machine does not allow is said, and is no failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NOBODY = 65534
+MEMLOCK = 8 << 20
+
+USER = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+CONTAINER = [
+    "setpriv",
+    "--bounding-set=-sys_admin,-sys_ptrace,-ipc_lock,-checkpoint_restore",
+    "--inh-caps=-all",
+]
+SUITABLE = """
+import platform, sys, sysconfig
+print("{}.{}".format(*sys.version_info)) if (
+    sys.version_info >= (3, 11)
+    and platform.python_implementation() == "CPython"
+    and not sysconfig.get_config_var("Py_GIL_DISABLED")
+) else sys.exit(1)
+"""
+NOT_COPIED = shutil.ignore_patterns(
+    ".git", ".venv*", "build", "dist", "_build", "__pycache__", ".*_cache", ".hypothesis"
+)
+
+
+def main() -> int:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("where", choices=["user", "container", "wheel"])
+    parser.add_argument("--short", action="store_true", help="without what is slow")
+    arguments = parser.parse_args()
+    run = {"user": run_as_user, "container": run_as_container, "wheel": run_wheel}
+    return run[arguments.where](arguments.short)
+
+
+def run_as_user(short: bool) -> int:
+    """Run as an ordinary user, from a copy that he may read, with an interpreter that he may."""
+    print("== tests as an ordinary user", flush=True)
+    if denied := why_not(USER):
+        return skip(denied)
+    with tempfile.TemporaryDirectory(prefix="memdesc-") as folder:
+        work = Path(folder)
+        work.chmod(0o755)
+        found = [path for path in interpreters() if version_of(path, USER)]
+        if not found:
+            return skip("no CPython >= 3.11 here that another user may run")
+        python = install_wheel(found[0], work / "venv")
+        checkout = work / "checkout"
+        shutil.copytree(ROOT, checkout, ignore=NOT_COPIED, symlinks=True)
+        for path in [checkout, *checkout.rglob("*")]:
+            os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
+        print(f"   on {found[0]}", flush=True)
+        return run_suite(USER, python, checkout, own_home(work, NOBODY), short)
+
+
+def run_as_container(short: bool) -> int:
+    """Run as root with the capabilities that a container leaves, in this checkout."""
+    print("== tests as a container's root", flush=True)
+    if os.geteuid() != 0:
+        return skip("not started as root")
+    if denied := why_not(CONTAINER):
+        return skip(denied)
+    with tempfile.TemporaryDirectory(prefix="memdesc-") as folder:
+        home = own_home(Path(folder), 0)
+        return run_suite(CONTAINER, Path(sys.executable), ROOT, home, short)
+
+
+def run_wheel(short: bool) -> int:
+    """Run the installed wheel on each interpreter found, one of each version."""
+    done: set[str] = set()
+    for path in interpreters():
+        version = version_of(path)
+        if not version or version in done:
+            continue
+        done.add(version)
+        print(f"== tests of the wheel on CPython {version}", flush=True)
+        python = install_wheel(path, ROOT / "build" / f"wheel-{version}")
+        status = run_suite([], python, ROOT, dict(os.environ), short)
+        if status:
+            return status
+    return 0
+
+
+def run_suite(
+    prefix: list[str], python: Path, checkout: Path, environment: dict[str, str], short: bool
+) -> int:
+    """Run pytest, what must be alone after the rest; give the first status that is not 0."""
+    if prefix:
+        _, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+        limit = MEMLOCK if hard == resource.RLIM_INFINITY else min(MEMLOCK, hard)
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, limit))
+    selections = [["-n", "2", "-m", "not alone"], ["-m", "alone"]]
+    if short:
+        selections = [["-n", "2", "-m", "not slow and not alone"]]
+    for selection in selections:
+        command = [*prefix, str(python), "-P", "-m", "pytest", "--quiet", *selection]
+        status = subprocess.run(command, cwd=checkout, env=environment, check=False).returncode
+        if status:
+            return status
+    return 0
+
+
+def why_not(prefix: list[str]) -> str:
+    """Say why a command can not be run that way, or nothing where it can."""
+    try:
+        tried = subprocess.run([*prefix, "true"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return f"{prefix[0]} is not installed"
+    return tried.stderr.strip() if tried.returncode else ""
+
+
+def skip(reason: str) -> int:
+    """Say that this machine does not allow it."""
+    print(f"   skipped: {reason}", flush=True)
+    return 0
+
+
+def interpreters() -> list[Path]:
+    """List the places where interpreters are found: this one's, on PATH, and pyenv's."""
+    names = ["python3", *(f"python3.{minor}" for minor in range(11, 30))]
+    folders = [*os.get_exec_path(), "/usr/local/bin", "/usr/bin"]
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    found = [
+        Path(getattr(sys, "_base_executable", sys.executable)),
+        *(Path(folder) / name for folder in folders for name in names),
+        *sorted(pyenv.glob("versions/*/bin/python3")),
+    ]
+    # Not those of virtual environments and pyenv's shims, which speak for another one.
+    return [
+        path.resolve()
+        for path in dict.fromkeys(found)
+        if path.exists() and "shims" not in path.parts and not _in_venv(path)
+    ]
+
+
+def _in_venv(path: Path) -> bool:
+    return (path.parent.parent / "pyvenv.cfg").exists()
+
+
+def version_of(python: Path, prefix: list[str] | None = None) -> str:
+    """Give "3.12" where the interpreter suits us and can be run that way, else nothing."""
+    command = [*(prefix or []), str(python), "-c", SUITABLE]
+    tried = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
+    return tried.stdout.strip() if tried.returncode == 0 else ""
+
+
+def install_wheel(python: Path, folder: Path) -> Path:
+    """Make a virtual environment with the wheel and what its tests need; give its python."""
+    (wheel,) = (ROOT / "dist").glob("memdesc-*.whl")
+    shutil.rmtree(folder, ignore_errors=True)
+    subprocess.run([python, "-m", "venv", "--without-pip", folder], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", folder, "--disable-pip-version-check"]
+    options = ["-qq", "--constraint", ROOT / "constraints.txt"]
+    subprocess.run([*pip, "install", *options, f"{wheel}[cli,test]"], check=True)
+    return folder / "bin" / "python"
+
+
+def own_home(folder: Path, owner: int) -> dict[str, str]:
+    """Make a home of his own; give the environment that says so."""
+    environment = dict(os.environ)
+    for variable, name in [("HOME", "home"), ("XDG_RUNTIME_DIR", "run"), ("TMPDIR", "tmp")]:
+        path = folder / name
+        path.mkdir(mode=0o700)
+        os.chown(path, owner, owner)
+        environment[variable] = str(path)
+    environment["MEMDESC_RUNTIME_DIR"] = environment["XDG_RUNTIME_DIR"]
+    environment["PYTHONDONTWRITEBYTECODE"] = "1"
+    return environment
+
+
+if __name__ == "__main__":
+    sys.exit(main())

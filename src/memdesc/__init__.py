@@ -1,0 +1,102 @@
+"""memdesc: describe memory once; let other processes, the kernel and devices use the same pages.
+
+The house, from the top down; a room knows only those below it:
+
+* `cli`, `testing`       the command line; the conformance suite, leak guard and fault injection
+* `iokit`                the model's own spelling
+* `services`             services and connections: who may see which memory
+* `handover`             descriptors over Unix sockets and multiprocessing (`portable`: their form)
+* `descriptors`          what describes memory: buffers, address ranges, parts, several as one
+* `copyio`               copyin, copyout, copyinstr
+* `mapping`              what makes memory visible in a task
+* `wiring`               what keeps it resident
+* `memory`               memfds, their seals and their lifecycle
+* `vm`                   pages, tasks, regions, frames; what this kernel allows
+* `errors`               the exceptions and their reasons
+* `_core`                the compiled core
+"""
+
+import sys as _sys
+
+if _sys.platform != "linux":
+    raise ImportError(
+        f"memdesc works on Linux only (this is {_sys.platform}): it is made of memfds, seals, "
+        "pidfds and /proc, which other systems do not have"
+    )
+
+from memdesc.copyio import copyin as copyin, copyinstr as copyinstr, copyout as copyout
+from memdesc.descriptors.base import MemoryDescriptor as MemoryDescriptor
+from memdesc.descriptors.buffer import BufferMemoryDescriptor as BufferMemoryDescriptor
+from memdesc.descriptors.multi import MultiMemoryDescriptor as MultiMemoryDescriptor
+from memdesc.descriptors.received import ReceivedMemoryDescriptor as ReceivedMemoryDescriptor
+from memdesc.descriptors.sub import SubMemoryDescriptor as SubMemoryDescriptor
+from memdesc.errors import (
+    AccessDeniedError as AccessDeniedError,
+    AllocationError as AllocationError,
+    ClosedError as ClosedError,
+    CopyError as CopyError,
+    InvalidArgument as InvalidArgument,
+    MappingError as MappingError,
+    MappingReason as MappingReason,
+    MemdescError as MemdescError,
+    NameInUseError as NameInUseError,
+    NotPreparedError as NotPreparedError,
+    NotPrivilegedError as NotPrivilegedError,
+    PeerGoneError as PeerGoneError,
+    ProtocolError as ProtocolError,
+    RangeError as RangeError,
+    SealedError as SealedError,
+    ServiceNotFoundError as ServiceNotFoundError,
+    ShareNotFoundError as ShareNotFoundError,
+    StringTooLongError as StringTooLongError,
+    TaskGoneError as TaskGoneError,
+    TimedOutError as TimedOutError,
+    UnsupportedError as UnsupportedError,
+    WiringError as WiringError,
+    WiringReason as WiringReason,
+)
+from memdesc.handover import (
+    receive_descriptor as receive_descriptor,
+    send_descriptor as send_descriptor,
+)
+from memdesc.mapping import MemoryMap as MemoryMap
+from memdesc.memory.page_kinds import PageKind as PageKind
+from memdesc.vm.pages import (
+    Access as Access,
+    Direction as Direction,
+    page_size as page_size,
+    round_page as round_page,
+    trunc_page as trunc_page,
+)
+from memdesc.vm.task import Task as Task
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from memdesc.services.connection import Connection as Connection, connect as connect
+    from memdesc.services.service import Service as Service
+    from memdesc.services.user_client import UserClient as UserClient
+
+__version__ = "0.1.0"
+
+# Services bring msgspec, which importing memdesc must not: they come when first asked for.
+_LATER = {
+    "Connection": "memdesc.services.connection",
+    "connect": "memdesc.services.connection",
+    "Service": "memdesc.services.service",
+    "UserClient": "memdesc.services.user_client",
+}
+
+
+def __getattr__(name: str) -> object:
+    module = _LATER.get(name)
+    if module is None:
+        raise AttributeError(f"module 'memdesc' has no attribute {name!r}")
+    import importlib
+
+    value: object = getattr(importlib.import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

@@ -5,14 +5,16 @@ the kernel checks, and keeps no state. Addresses and lengths are bytes; a negati
 large integer is `OverflowError`.
 """
 
-from collections.abc import Buffer
 from typing import Final, final
+
+from typing_extensions import Buffer
 
 PROT_NONE: Final[int]
 PROT_READ: Final[int]
 PROT_WRITE: Final[int]
 MAP_SHARED: Final[int]
 MAP_PRIVATE: Final[int]
+MAP_ANONYMOUS: Final[int]
 MAP_FIXED_NOREPLACE: Final[int]
 MADV_POPULATE_READ: Final[int]
 MADV_POPULATE_WRITE: Final[int]
@@ -38,9 +40,7 @@ class MappedMemory:
 class Window:
     """Exports `nbytes` at `offset` of a mapped range; counts its views in `exports`."""
 
-    def __init__(
-        self, memory: MappedMemory, offset: int, nbytes: int, writable: bool
-    ) -> None: ...
+    def __init__(self, memory: MappedMemory, offset: int, nbytes: int, writable: bool) -> None: ...
     @property
     def memory(self) -> MappedMemory: ...
     @property
@@ -59,7 +59,7 @@ class Window:
 class Exporter:
     """Base of the classes whose views are their window's."""
 
-    def _export(self) -> Window: ...
+    def _export(self) -> Window | memoryview: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 def map_memory(

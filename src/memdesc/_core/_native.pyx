@@ -45,6 +45,7 @@ PROT_READ = C_PROT_READ
 PROT_WRITE = C_PROT_WRITE
 MAP_SHARED = C_MAP_SHARED
 MAP_PRIVATE = C_MAP_PRIVATE
+MAP_ANONYMOUS = C_MAP_ANONYMOUS
 MAP_FIXED_NOREPLACE = C_MAP_FIXED_NOREPLACE
 MADV_POPULATE_READ = C_MADV_POPULATE_READ
 MADV_POPULATE_WRITE = C_MADV_POPULATE_WRITE
@@ -184,15 +185,25 @@ cdef class Window:
 cdef class Exporter:
     """Base of every class that gives the buffer protocol: its views are its window's.
 
-    A subclass answers `_export()` with a `Window`, or raises. The window, not the subclass,
-    is what the views keep alive, so dropping or closing the subclass never touches a view.
+    A subclass answers `_export()` with a `Window` (or, over memory that some Python object
+    owns, with a memoryview of that object), or raises. The answer, not the subclass, is what
+    the views keep alive, so dropping or closing the subclass never touches a view.
     """
 
     cdef object __weakref__
 
     def __getbuffer__(self, Py_buffer *view, int flags):
-        cdef Window window = self._export()
-        window._fill(view, flags)
+        source = self._export()
+        if isinstance(source, Window):
+            (<Window>source)._fill(view, flags)
+        else:
+            PyObject_GetBuffer(source, view, flags)
+
+    def __reduce__(self):
+        raise TypeError(
+            f"{type(self).__name__} can not be pickled: memory travels through multiprocessing, "
+            "a Service, or send_descriptor; for a copy of its bytes pickle read_bytes()"
+        )
 
 
 def mprotect(size_t address, size_t length, int prot):

@@ -1,0 +1,1 @@
+"""The command line: `memdesc COMMAND`. Needs the `cli` extra (click, rich)."""

@@ -1,0 +1,235 @@
+"""BufferMemoryDescriptor: memory of our own, made to be shared."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import TYPE_CHECKING, final
+
+from memdesc import _core
+from memdesc.descriptors.base import MemoryDescriptor, _nothing
+from memdesc.errors import AllocationError, InvalidArgument, RangeError, describe_errno
+from memdesc.mapping import Extent, Placement, map_extents
+from memdesc.memory.memfd import OwnedObject, check_name
+from memdesc.memory.page_kinds import PageKind
+from memdesc.vm.pages import (
+    Access,
+    Direction,
+    check_integer,
+    check_length,
+    page_size,
+    round_page,
+)
+from memdesc.wiring import wire
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer  # collections.abc has it from 3.12 on
+
+
+@final
+class BufferMemoryDescriptor(MemoryDescriptor):
+    """Allocates memory that can be shared (I/O Kit: IOBufferMemoryDescriptor).
+
+    A sealed memfd, mapped writable into this task, its owner. All others get at most
+    `max_access`; the kernel enforces it from the first grant on, for root too.
+
+    Parameters
+    ----------
+    capacity : int
+        Bytes, at least 1. What is allocated is rounded up to pages; the rest of the last page is
+        zero and in no view.
+    direction : Direction
+    max_access : Access
+        What others get at most. Decided once: seals can not be undone.
+    alignment : int
+        Of the address in this task: a power of two. Below a page it is a page.
+    lazy : bool
+        Take pages at the first touch instead of now. Then a full machine is the out-of-memory
+        killer, or SIGBUS on huge pages, in the middle of a store; without it, it is
+        `AllocationError` here.
+    wired : bool
+        Keep it resident from the start (see `prepare`) until it is closed.
+    pages : PageKind
+        BASE or HUGE. Huge memory is shared read-only.
+    name : str
+        Shows in every task's maps file as ``/memfd:name``.
+
+    Attributes
+    ----------
+    capacity, length : int
+        Length is what the descriptor describes: at first the capacity; `set_length` moves it.
+
+    Raises
+    ------
+    InvalidArgument
+    AllocationError
+        ENOMEM, ENOSPC, EMFILE: with `requested` and `available`.
+    WiringError
+        Only with `wired`; nothing stays allocated.
+
+    Notes
+    -----
+    Linux: memfd_create, fallocate, MADV_POPULATE_WRITE; no privilege. Allocation is checked
+    against MemAvailable and the memory cgroup before each 64 MiB; between the check and the pages
+    others may still take them.
+
+    Examples
+    --------
+    >>> from memdesc import BufferMemoryDescriptor
+    >>> with BufferMemoryDescriptor(100) as buffer:
+    ...     buffer.write_bytes(0, b"hello")
+    ...     buffer.read_bytes(0, 5)
+    b'hello'
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        direction: Direction = Direction.OUT_IN,
+        max_access: Access = Access.READ_ONLY,
+        alignment: int = page_size,
+        lazy: bool = False,
+        wired: bool = False,
+        pages: PageKind = PageKind.BASE,
+        name: str = "memdesc",
+    ) -> None:
+        super().__init__(direction, check_name(name))
+        self._object: OwnedObject | None = None
+        self.capacity = self._length = check_length(capacity, "capacity")
+        alignment = _check_alignment(alignment)
+        if pages is PageKind.HUGE and max_access is Access.READ_WRITE:
+            raise InvalidArgument(
+                "huge pages with max_access=READ_WRITE: a task that may write huge memory can "
+                "punch a page out and kill this one with SIGBUS; use base pages, or READ_ONLY"
+            )
+        if not pages.page_size:
+            raise AllocationError(
+                "this kernel has no huge pages: use base pages", errno=errno.EINVAL
+            )
+        size = round_page(self.capacity, pages.page_size)
+        memory = OwnedObject(
+            name, size, pages=pages, max_access=Access(max_access), reserve=not lazy
+        )
+        try:
+            self._window = _map_owner(memory, self.capacity, alignment, populate=not lazy)
+            self._object = memory
+            if wired:
+                self.prepare()
+        except BaseException:
+            self.close()
+            memory.close()
+            raise
+
+    @property
+    def length(self) -> int:
+        """Bytes described, at most `capacity`."""
+        return self._length
+
+    @property
+    def max_access(self) -> Access:
+        """What others get at most."""
+        return self.memory.max_access
+
+    @property
+    def memory(self) -> OwnedObject:
+        """The memory object: its seals, its lifecycle, its descriptor."""
+        self._check_open()
+        assert self._object is not None
+        return self._object
+
+    @property
+    def address(self) -> int:
+        """Of the owner's view, in this task."""
+        self._check_open()
+        return self._window.address
+
+    @property
+    def pages(self) -> PageKind:
+        """What it is made of."""
+        return self.memory.pages
+
+    def set_length(self, length: int) -> None:
+        """Describe only the first `length` bytes; memory, mappings and views stay as they are.
+
+        I/O Kit: setLength, which ignores a length past the capacity; here it is `RangeError`.
+        """
+        length = check_integer(length, "length")
+        if not 0 <= length <= self.capacity:
+            raise RangeError(
+                f"length {length:,} is outside 0 to the capacity {self.capacity:,} of "
+                f"{self.name!r}: make a larger buffer",
+                errno=errno.EINVAL,
+            )
+        with self._lock:
+            self._check_open()
+            window = self._window
+            self._window = _core.Window(window.memory, window.offset, length, True)
+            self._length = length
+
+    def append_bytes(self, data: Buffer) -> None:
+        """Add bytes after the current length, and lengthen.
+
+        I/O Kit: appendBytes, which truncates and says success; here nothing is written and
+        `RangeError` raised where it does not fit.
+        """
+        source = memoryview(data).cast("B")
+        with self._lock:
+            self._check_open()
+            start = self._length
+            if source.nbytes > self.capacity - start:
+                raise RangeError(
+                    f"{source.nbytes:,} bytes do not fit after {start:,} of {self.capacity:,}",
+                    errno=errno.EINVAL,
+                )
+            self._check_writable("written")
+            self.set_length(start + source.nbytes)
+            if source.nbytes:
+                self._store(start, source)
+
+    def _export(self) -> _core.Window:
+        self._check_open()
+        return self._window
+
+    def _extents(self, offset: int, length: int, access: Access) -> list[Extent]:
+        return [Extent(self.memory, offset, length)]
+
+    def _wire(self, direction: Direction) -> Callable[[], None]:
+        if self.memory.pages is PageKind.HUGE:
+            return _nothing  # huge pages never leave memory, and mlock does not count them
+        return wire(self._window.address, self.capacity, keep=self._window.memory).release
+
+    def _close(self) -> None:
+        if self._object is not None:
+            self._object.close()
+            del self._window
+
+
+def _check_alignment(alignment: int) -> int:
+    value = check_integer(alignment, "alignment")
+    if value < 1 or value & (value - 1) or value > 1 << 40:
+        raise InvalidArgument(f"alignment is {value}: give a power of two up to 2**40")
+    return max(value, page_size)
+
+
+def _map_owner(memory: OwnedObject, nbytes: int, alignment: int, *, populate: bool) -> _core.Window:
+    """The owner's writable view: made before any grant, since the seals forbid it afterwards."""
+    placement = Placement(alignment=alignment)
+    whole = map_extents([Extent(memory, 0, memory.size)], Access.READ_WRITE, placement)
+    if populate:
+        try:
+            for offset, length in _steps(memory.size):
+                _core.madvise(whole.address + offset, length, _core.MADV_POPULATE_WRITE)
+        except OSError as error:
+            raise AllocationError(
+                f"populating buffer {memory.name!r} of {memory.size:,} bytes: "
+                f"{describe_errno(error)}; ask for less, or say lazy=True",
+                errno=error.errno,
+                requested=memory.size,
+            ) from error
+    return _core.Window(whole.memory, whole.offset, nbytes, True)
+
+
+def _steps(size: int, step: int = 64 << 20) -> list[tuple[int, int]]:
+    """Cut a long range, so that signals are honoured between the cuts."""
+    return [(offset, min(step, size - offset)) for offset in range(0, size, step)]

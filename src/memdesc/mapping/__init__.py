@@ -1,0 +1,30 @@
+"""Mapping: memory made visible in a task.
+
+A mapping knows extents of VM objects and an opaque owner that it keeps alive; it never knows a
+descriptor's kind. In this task it is a buffer; in another it is a handle, made and unmade through
+whoever is connected to that task.
+
+* `place`: mmap extents into this task, one after the other, as one range
+* `maps`: `MemoryMap`: the buffer here, the handle there
+* `carriers`: the ways into other tasks, registered by the services room
+* `views`: ranges checked, bytes seen as arrays
+"""
+
+from memdesc.mapping.carriers import (
+    Carrier as Carrier,
+    add_carrier as add_carrier,
+    carrier_to as carrier_to,
+    forget_carriers as forget_carriers,
+    remove_carrier as remove_carrier,
+)
+from memdesc.mapping.maps import (
+    LocalMemoryMap as LocalMemoryMap,
+    MemoryMap as MemoryMap,
+    RemoteMemoryMap as RemoteMemoryMap,
+)
+from memdesc.mapping.place import (
+    Extent as Extent,
+    Placement as Placement,
+    map_extents as map_extents,
+)
+from memdesc.mapping.views import check_range as check_range, view_as_array as view_as_array

@@ -1,0 +1,272 @@
+"""MemoryMap: memory of a descriptor, visible in one task."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, Self, final
+
+from memdesc import _core
+from memdesc.errors import ClosedError
+from memdesc.mapping.views import check_range, view_as_array
+from memdesc.vm.pages import Access
+from memdesc.vm.task import Task
+from memdesc.wiring import Wire, wire
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+
+class MemoryMap(ABC):
+    """Memory of a descriptor, visible in one task (I/O Kit: IOMemoryMap).
+
+    Made by `MemoryDescriptor.map` and `create_mapping_in_task`. In this task it is a
+    `LocalMemoryMap`, a buffer; in another it is a `RemoteMemoryMap`, a handle. It keeps its
+    descriptor alive. Leaving a ``with`` block ends it.
+
+    Attributes
+    ----------
+    task : Task
+        Whose address space it is in.
+    address : int
+        Of the first byte, in that task; keeps the offset inside its page. Not to be
+        dereferenced in another task.
+    length : int
+        Bytes, as asked for: not rounded to pages.
+    access : Access
+    offset : int
+        Of the first byte, in the descriptor.
+    """
+
+    task: Task
+    address: int
+    length: int
+    access: Access
+    offset: int
+
+    @property
+    @abstractmethod
+    def is_mapped(self) -> bool:
+        """Whether it still is."""
+
+    @abstractmethod
+    def unmap(self) -> None:
+        """End it now. Again is a no-op.
+
+        Raises
+        ------
+        BufferError
+            Views of it are alive; nothing was unmapped.
+        """
+
+    @abstractmethod
+    def _let_go(self) -> None:
+        """End it as soon as no view needs it."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._let_go()
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __repr__(self) -> str:
+        state = "" if self.is_mapped else ", unmapped"
+        return (
+            f"<{type(self).__name__} {self.length:,} bytes at {self.address:#x} "
+            f"in task {self.task.pid}, {self.access.value}{state}>"
+        )
+
+
+@final
+class LocalMemoryMap(MemoryMap, _core.Exporter):
+    """A mapping in this task: a buffer whose views keep the memory alive.
+
+    Threads: safe. Fork: the child inherits it (the same trust domain).
+    """
+
+    def __init__(
+        self,
+        window: _core.Window | memoryview,
+        *,
+        offset: int,
+        access: Access,
+        guard_pages: int = 0,
+        owner: object,
+        layout: tuple[tuple[int, ...], str] | None = None,
+        ended: Callable[[], None] | None = None,
+    ) -> None:
+        self.task = Task.current()
+        self.address = _core.buffer_address(window)[0]
+        self.length = len(window)
+        self.access = access
+        self.offset = offset
+        self.guard_pages = guard_pages
+        self.layout = layout
+        self._window: _core.Window | memoryview | None = window
+        self._owner = owner
+        self._ended = ended
+        self._wires: list[Wire] = []
+        self._lock = threading.Lock()
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether `unmap` was not called, nor the block left."""
+        return self._window is not None
+
+    def _export(self) -> _core.Window | memoryview:
+        window = self._window
+        if window is None:
+            raise ClosedError(f"the mapping at {self.address:#x} was unmapped")
+        return window
+
+    def part(self, offset: int, length: int, access: Access) -> LocalMemoryMap | None:
+        """Give a mapping of `length` bytes at the descriptor's `offset` on the same addresses.
+
+        None where this one is unmapped or does not cover it (I/O Kit: a compatible mapping).
+        """
+        window = self._window
+        start = offset - self.offset
+        covers = start >= 0 and start + length <= self.length and access is self.access
+        if not covers or not isinstance(window, _core.Window):
+            return None
+        part = _core.Window(window.memory, window.offset + start, length, access.writable)
+        return LocalMemoryMap(
+            part,
+            offset=offset,
+            access=access,
+            guard_pages=self.guard_pages,
+            owner=self._owner,
+            layout=self.layout if length == self.length else None,
+        )
+
+    def array(
+        self,
+        shape: int | tuple[int, ...] | None = None,
+        dtype: npt.DTypeLike | None = None,
+        *,
+        order: str = "C",
+        offset: int = 0,
+    ) -> np.ndarray[Any, Any]:
+        """View the pages as a NumPy array; see `view_as_array`."""
+        if shape is None and dtype is None and self.layout is not None:
+            shape, dtype = self.layout
+        return view_as_array(self, self.length, shape, dtype, order=order, offset=offset)
+
+    def wire(self, offset: int = 0, length: int | None = None) -> Wire:
+        """Keep a part resident until the token is released or the mapping ends.
+
+        I/O Kit: IOMemoryMap::wireRange. Linux: mlock; see `memdesc.wiring`.
+
+        Raises
+        ------
+        WiringError, RangeError
+        """
+        offset, length = check_range(offset, length, self.length, "the mapping")
+        with self._lock:
+            self._export()
+            token = wire(self.address + offset, length, keep=self._window)
+            self._wires = [held for held in self._wires if not held.released] + [token]
+        return token
+
+    def unmap(self) -> None:
+        """End the mapping; `BufferError` while views of it are alive."""
+        with self._lock:
+            window = self._window
+            if window is None:
+                return
+            if isinstance(window, memoryview):
+                window.release()
+            elif window.exports:
+                raise BufferError(
+                    f"{window.exports} views of the mapping at {self.address:#x} are alive: "
+                    "delete them first, or leave a with block instead"
+                )
+            self._drop()
+
+    def _let_go(self) -> None:
+        with self._lock:
+            self._drop()
+
+    def _drop(self) -> None:
+        for token in self._wires:
+            token.release()
+        self._wires.clear()
+        self._window = None
+        self._owner = None
+        ended, self._ended = self._ended, None
+        if ended is not None:
+            ended()
+
+
+class Unmapper(Protocol):
+    """What a handle needs of the connection that made it."""
+
+    @property
+    def task(self) -> Task:
+        """The task that it reaches."""
+
+    def has_mapping(self, token: int) -> bool:
+        """Whether that mapping is still in the books."""
+
+    def unmap_in_peer(self, token: int, timeout: float | None) -> None:
+        """End it, or raise `BufferError`."""
+
+    def release_in_peer(self, token: int) -> None:
+        """End it when the peer's views are gone; does not wait."""
+
+
+@final
+class RemoteMemoryMap(MemoryMap):
+    """A mapping in another task: an address there, and the means to unmap it.
+
+    Attributes
+    ----------
+    verified : bool or None
+        Whether that task's maps show our object at `address`; None where the kernel does not let
+        us look (then the address is that task's claim).
+    """
+
+    def __init__(
+        self,
+        carrier: Unmapper,
+        token: int,
+        *,
+        address: int,
+        length: int,
+        access: Access,
+        offset: int,
+        verified: bool | None,
+        owner: object,
+    ) -> None:
+        self.task = carrier.task
+        self.address = address
+        self.length = length
+        self.access = access
+        self.offset = offset
+        self.verified = verified
+        self._carrier = carrier
+        self._token: int | None = token
+        self._owner = owner
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether it was neither unmapped by us, nor by that task, nor ended with it."""
+        return self._token is not None and self._carrier.has_mapping(self._token)
+
+    def unmap(self, timeout: float | None = 5.0) -> None:
+        """Ask the task to unmap it; `BufferError` while its program holds views."""
+        if self._token is not None and self.is_mapped:
+            self._carrier.unmap_in_peer(self._token, timeout)
+        self._token = None
+        self._owner = None
+
+    def _let_go(self) -> None:
+        token, self._token = self._token, None
+        self._owner = None
+        if token is not None:
+            self._carrier.release_in_peer(token)

@@ -1,0 +1,90 @@
+"""Ranges of a descriptor or mapping checked, and its bytes seen as a NumPy array."""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Any
+
+from memdesc.errors import InvalidArgument, RangeError
+from memdesc.vm.pages import check_integer
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+
+def check_range(offset: int, length: int | None, whole: int, what: str) -> tuple[int, int]:
+    """Give (offset, length) with None filled in; `RangeError` where it leaves [0, whole]."""
+    offset = check_integer(offset, "offset")
+    length = whole - offset if length is None else check_integer(length, "length")
+    if offset < 0 or length < 0 or offset > whole or length > whole - offset:
+        raise RangeError(
+            f"{length:,} bytes at offset {offset:,} do not lie within {what} of {whole:,} bytes",
+            errno=errno.EINVAL,
+        )
+    return offset, length
+
+
+def view_as_array(
+    buffer: Any,
+    nbytes: int,
+    shape: int | tuple[int, ...] | None,
+    dtype: npt.DTypeLike | None,
+    *,
+    order: str = "C",
+    offset: int = 0,
+) -> np.ndarray[Any, Any]:
+    """View a buffer of ours as a NumPy array, without copying.
+
+    Parameters
+    ----------
+    buffer : buffer
+        A descriptor or mapping of ours.
+    nbytes : int
+        Its bytes.
+    shape : int or tuple of int, optional
+        Default: one dimension, as long as whole elements fit.
+    dtype : optional
+        Default: bytes (uint8).
+    order : {"C", "F"}
+        Row-major or column-major.
+    offset : int
+        Bytes before the first element.
+
+    Returns
+    -------
+    numpy.ndarray
+        Writable as the buffer is; keeps the memory alive.
+
+    Raises
+    ------
+    RangeError
+        The array does not fit.
+    """
+    import numpy as np
+
+    kind = np.dtype("u1" if dtype is None else dtype)
+    if kind.hasobject:
+        raise InvalidArgument(f"dtype {kind} holds Python objects, which live in one process only")
+    if order not in ("C", "F"):
+        raise InvalidArgument(f"order is {order!r}: give 'C' or 'F'")
+    offset, room = check_range(offset, None, nbytes, "the memory")
+    if shape is None:
+        shape = (room // kind.itemsize,)
+    elif isinstance(shape, int):
+        shape = (shape,)
+    count = 1
+    for extent in shape:
+        if check_integer(extent, "shape") < 0:
+            raise InvalidArgument(f"shape {shape} has a negative extent")
+        count *= extent
+    if count * kind.itemsize > room:
+        raise RangeError(
+            f"an array of shape {shape} and dtype {kind} takes {count * kind.itemsize:,} bytes, "
+            f"{room:,} are there",
+            errno=errno.EINVAL,
+        )
+    if count == 0:
+        return np.empty(shape, kind)
+    flat = np.frombuffer(buffer, kind, count=count, offset=offset)
+    return flat.reshape(shape, order="F" if order == "F" else "C")

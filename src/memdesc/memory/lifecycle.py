@@ -1,0 +1,198 @@
+"""The state machine of a buffer's memory. It fixes how a memfd is created and sealed.
+
+Seals, grants, snapshots, growth, recycling and fork depend on one another, and seals can never
+be undone; so they are decided here and nowhere else. `TABLE` is the whole of it;
+`docs/memory-lifecycle.md` shows the same table, and a test holds the two together.
+
+Two marks lie across the states: *forked* (a fork child inherited the owner's writable mapping
+without any call of ours) and *registered* (a device or io_uring pins the pages). Each of them
+forbids what would replace pages behind somebody's back.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass
+from enum import Enum
+
+from memdesc import _core
+from memdesc.errors import SealedError
+from memdesc.vm.pages import Access
+
+
+class State(Enum):
+    """How far a buffer's memory has travelled. Left to right only; there is no way back."""
+
+    PRIVATE = "private"
+    """No other task was ever given it."""
+    SHARED_READ = "shared for reading"
+    """Granted read-only: the kernel refuses every new way to write it, to root too."""
+    SHARED_WRITE = "shared for writing"
+    """Granted for reading and writing."""
+    FROZEN = "frozen"
+    """A snapshot's: nobody can write it, nor ever will."""
+    DETACHED = "detached"
+    """The source of a snapshot made without copying: its view is private, over a frozen object."""
+
+
+class Snapshot(Enum):
+    """What a snapshot costs."""
+
+    FREE = "no byte is copied"
+    COPY = "the bytes are copied"
+    ITSELF = "the memory is its own snapshot"
+
+
+class Recycling(Enum):
+    """Who may be given the memory next, once it is freed."""
+
+    ANYONE = "anyone, cleared first"
+    SAME_GRANTEES = "the same grantees or fewer, and only when a lease shows that no one has it"
+    NOBODY = "nobody: it goes back to the kernel"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What holds in one state. `seals` are those the file has; all stay for ever."""
+
+    seals: int
+    owner_stores: bool
+    peers_get: Access | None
+    snapshot: Snapshot
+    may_grow: bool
+    recycling: Recycling
+
+
+_SIZE = _core.F_SEAL_GROW | _core.F_SEAL_SHRINK
+_LAST = _SIZE | _core.F_SEAL_SEAL
+_FUTURE = _core.F_SEAL_FUTURE_WRITE
+
+TABLE: dict[State, Row] = {
+    State.PRIVATE: Row(_SIZE, True, None, Snapshot.FREE, True, Recycling.ANYONE),
+    State.SHARED_READ: Row(
+        _LAST | _FUTURE, True, Access.READ_ONLY, Snapshot.COPY, True, Recycling.SAME_GRANTEES
+    ),
+    State.SHARED_WRITE: Row(
+        _LAST, True, Access.READ_WRITE, Snapshot.COPY, True, Recycling.SAME_GRANTEES
+    ),
+    State.FROZEN: Row(
+        _LAST | _core.F_SEAL_WRITE,
+        False,
+        Access.READ_ONLY,
+        Snapshot.ITSELF,
+        False,
+        Recycling.NOBODY,
+    ),
+    State.DETACHED: Row(
+        _LAST | _core.F_SEAL_WRITE, True, None, Snapshot.COPY, False, Recycling.NOBODY
+    ),
+}
+
+
+class Lifecycle:
+    """The state of one memory object, its marks, and the moves that are allowed.
+
+    Parameters
+    ----------
+    max_access : Access
+        What all others get at most, for ever.
+
+    Notes
+    -----
+    Threads: every method takes the object's own lock. Fork: `forked` turns true in both the
+    parent and the child, by a count of forks that `os.fork` bumps before it divides them.
+    """
+
+    def __init__(self, max_access: Access) -> None:
+        self.max_access = max_access
+        self.lock = threading.Lock()
+        self.registrations = 0
+        self.grantees: set[int] = set()  # user ids; who may have kept a handle
+        self._state = State.PRIVATE
+        self._forks_at_birth = _forks()
+
+    @property
+    def state(self) -> State:
+        """Where the memory stands now."""
+        return self._state
+
+    @property
+    def row(self) -> Row:
+        """What holds there."""
+        return TABLE[self._state]
+
+    @property
+    def forked(self) -> bool:
+        """Whether this process has forked since the memory was made."""
+        return _forks() != self._forks_at_birth
+
+    def grant(self, access: Access, *, enforced: bool, name: str) -> tuple[State, int]:
+        """Tell the state that a grant leads to, and the seals that must be there first.
+
+        The caller adds the seals, and then calls `granted`. It holds `lock` meanwhile.
+
+        Raises
+        ------
+        SealedError
+            More is asked for than `max_access`, or read-only where only a courtesy could be had.
+        """
+        if not access.within(self.max_access):
+            raise SealedError(
+                f"buffer {name!r} can not be given out {access.value}: it was made with "
+                f"max_access={self.max_access.name}, which its seals enforce; make it with "
+                f"max_access=READ_WRITE if others shall write it",
+                errno=1,
+            )
+        if access is Access.READ_ONLY and self.max_access is Access.READ_WRITE and enforced:
+            raise SealedError(
+                f"buffer {name!r} is max_access=READ_WRITE, so a read-only grant of it could be "
+                f"re-opened for writing: make the buffer with max_access=READ_ONLY, or say "
+                f"enforced=False if a courtesy is enough",
+                errno=1,
+            )
+        if self._state is State.PRIVATE:
+            writable = self.max_access is Access.READ_WRITE
+            after = State.SHARED_WRITE if writable else State.SHARED_READ
+            return after, TABLE[after].seals
+        return self._state, TABLE[self._state].seals
+
+    def granted(self, state: State, user: int) -> None:
+        """Note that the grant was made to a task of that user."""
+        self._state = state
+        self.grantees.add(user)
+
+    def snapshot_cost(self) -> Snapshot:
+        """Tell what a snapshot would cost now, marks included."""
+        cost = self.row.snapshot
+        if cost is Snapshot.FREE and (self.forked or self.registrations):
+            return Snapshot.COPY
+        return cost
+
+    def recycling(self) -> Recycling:
+        """Tell who may get the memory next, marks included.
+
+        A grantee of another user is never trusted to have let go: he can keep an O_PATH handle,
+        which no lease sees (`docs/memory-lifecycle.md`).
+        """
+        if self.forked or self.registrations or self.grantees - {os.geteuid()}:
+            return Recycling.NOBODY
+        return self.row.recycling
+
+
+_fork_count = 0
+_watching_forks = False
+
+
+def _forks() -> int:
+    """How often this process, and those it came from, called os.fork since the first question."""
+    global _watching_forks
+    if not _watching_forks:
+        _watching_forks = True
+        os.register_at_fork(before=_count_fork)
+    return _fork_count
+
+
+def _count_fork() -> None:
+    global _fork_count
+    _fork_count += 1

@@ -1,0 +1,385 @@
+"""VM objects: made by us, received from a peer, or found in another task.
+
+A `MemoryObject` is a file descriptor with what is known and enforced about it. It owns the
+descriptor. It maps nothing: `memdesc.mapping` does.
+
+Linux: memfd_create, ftruncate, fchmod, fcntl(F_ADD_SEALS), fallocate; /proc/self/fd to open a
+descriptor again. None of it needs a privilege; MFD_HUGETLB needs pages in the pool.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import weakref
+from typing import Protocol
+
+from memdesc import _core
+from memdesc.errors import (
+    AllocationError,
+    ClosedError,
+    InvalidArgument,
+    MappingError,
+    MappingReason,
+    describe_errno,
+)
+from memdesc.memory.lifecycle import Lifecycle
+from memdesc.memory.limits import check_available
+from memdesc.memory.page_kinds import PageKind, huge_page_size
+from memdesc.vm.pages import Access, page_size, round_page
+
+_STEP = 64 << 20
+"""Bytes reserved at a time: between steps signals are honoured and the limits looked at again."""
+
+
+class MemoryObject(Protocol):
+    """What mapping and handing over need to know of a VM object."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file: no mapping may reach past it."""
+
+    @property
+    def page_size(self) -> int:
+        """What offsets and lengths of mappings are multiples of."""
+
+    @property
+    def max_access(self) -> Access:
+        """The most that a mapping made through `open` gives."""
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Device and inode: what the maps file of any task shows of it."""
+
+    @property
+    def enforced(self) -> bool:
+        """Whether seals hold `max_access`, or courtesy alone."""
+
+    def open(self, access: Access) -> int:
+        """Give a descriptor for a mapping in this task; the caller closes it."""
+
+    def grant(self, access: Access, *, enforced: bool, user: int) -> int:
+        """Give a descriptor to be sent to another task; the caller closes it."""
+
+    def close(self) -> None:
+        """Let go of the descriptor; mappings keep the pages."""
+
+
+_objects: weakref.WeakValueDictionary[tuple[int, int], OwnedObject] = weakref.WeakValueDictionary()
+
+
+def find_owned(identity: tuple[int, int]) -> OwnedObject | None:
+    """Find the living memory object of this process that has that device and inode."""
+    return _objects.get(identity)
+
+
+def reopen(fd: int, access: Access) -> int:
+    """Open what a descriptor refers to once more, with an open file description of its own.
+
+    A duplicate would share the description: then no lease could tell the holders apart, and a
+    read-only duplicate of a writable descriptor does not exist.
+    """
+    flags = os.O_RDWR if access.writable else os.O_RDONLY
+    return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
+
+
+class OwnedObject:
+    """A memfd that this process made, with its seals and its lifecycle.
+
+    Parameters
+    ----------
+    name : str
+        Shows in every task's maps as ``/memfd:name``; at most 249 bytes, without NUL.
+    size : int
+        Bytes; a multiple of the page size of `pages`.
+    pages : PageKind
+    max_access : Access
+        What others get at most.
+    reserve : bool
+        Take the pages now (AllocationError if they can not be had), not at the first touch.
+    """
+
+    def __init__(
+        self, name: str, size: int, *, pages: PageKind, max_access: Access, reserve: bool
+    ) -> None:
+        self.name = name
+        self.size = size
+        self.pages = pages
+        self.page_size = pages.page_size
+        self.lifecycle = Lifecycle(max_access)
+        self._fd = -1
+        self._fd = _create(name, size, pages)
+        try:
+            status = os.fstat(self._fd)
+            self.identity = (status.st_dev, status.st_ino)
+            if reserve:
+                _reserve(self._fd, size, pages, name)
+        except BaseException:
+            self.close()
+            raise
+        _objects[self.identity] = self
+
+    @property
+    def max_access(self) -> Access:
+        """What others get at most."""
+        return self.lifecycle.max_access
+
+    @property
+    def enforced(self) -> bool:
+        """Always: the seals are put on before the first descriptor leaves this process."""
+        return True
+
+    def fileno(self) -> int:
+        """Give the owner's own descriptor; `ClosedError` once it is closed."""
+        if self._fd < 0:
+            raise ClosedError(f"the memory of buffer {self.name!r} was closed")
+        return self._fd
+
+    def seals(self) -> int:
+        """Read the seals that the kernel holds now (F_SEAL_* bits)."""
+        return fcntl.fcntl(self.fileno(), fcntl.F_GET_SEALS)
+
+    def open(self, access: Access) -> int:
+        """Re-open for a mapping in the owner's own task."""
+        return reopen(self.fileno(), access)
+
+    def grant(self, access: Access, *, enforced: bool = True, user: int) -> int:
+        """Seal as the lifecycle says, then re-open for another task of user id `user`."""
+        life = self.lifecycle
+        with life.lock:
+            state, seals = life.grant(access, enforced=enforced, name=self.name)
+            missing = seals & ~self.seals()
+            if missing:
+                fcntl.fcntl(self.fileno(), fcntl.F_ADD_SEALS, missing)
+            fd = reopen(self.fileno(), access)
+            life.granted(state, user)
+        return fd
+
+    def close(self) -> None:
+        """Let go of the descriptor. Mappings and other holders keep the pages."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class ForeignObject:
+    """A VM object of somebody else, with a descriptor of ours to it.
+
+    Parameters
+    ----------
+    fd : int
+        Taken over. Its open mode bounds what can be done.
+    max_access : Access
+        What the giver, or the region in the other task, allows.
+    trust_size : bool
+        Accept an object whose owner may truncate it, or take its pages away: a later access to
+        such pages kills this process with SIGBUS.
+
+    Raises
+    ------
+    MappingError
+        CAN_SHRINK: not sealed against it (EPERM). ACCESS: the descriptor can not be mapped.
+    """
+
+    def __init__(self, fd: int, max_access: Access, *, trust_size: bool = False) -> None:
+        self._fd = fd
+        try:
+            status = os.fstat(fd)
+            self.size = status.st_size
+            self.identity = (status.st_dev, status.st_ino)
+            if not stat.S_ISREG(status.st_mode):
+                raise MappingError(
+                    f"descriptor {fd} is not a memory object (file type "
+                    f"{stat.S_IFMT(status.st_mode):o}): give one made by memfd_create",
+                    reason=MappingReason.ACCESS,
+                    errno=errno.EACCES,
+                )
+            self._seals = _seals_of(fd)
+            huge = self._seals >= 0 and _is_huge(status)
+            self.page_size = huge_page_size() if huge else page_size
+            mode = fcntl.fcntl(fd, fcntl.F_GETFL)
+            self.max_access = self._most(mode, max_access)
+            if not trust_size:
+                self._check_size_is_sealed(huge)
+        except BaseException:
+            self.close()
+            raise
+
+    def _most(self, mode: int, claimed: Access) -> Access:
+        """What can be had: the least of the descriptor's mode, its seals and the giver's word."""
+        if mode & os.O_PATH or mode & os.O_ACCMODE == os.O_WRONLY:
+            raise MappingError(
+                "the descriptor was not opened for reading, so it can not be mapped: open it "
+                "read-only or read-write",
+                reason=MappingReason.ACCESS,
+                errno=errno.EACCES,
+            )
+        if mode & os.O_ACCMODE == os.O_RDONLY or self._sealed_against_writing():
+            return Access.READ_ONLY
+        return claimed
+
+    def _sealed_against_writing(self) -> bool:
+        return self._seals > 0 and bool(
+            self._seals & (_core.F_SEAL_WRITE | _core.F_SEAL_FUTURE_WRITE)
+        )
+
+    def _check_size_is_sealed(self, huge: bool) -> None:
+        if self._seals < 0 or not self._seals & _core.F_SEAL_SHRINK:
+            have = "is not a memfd" if self._seals < 0 else f"has the seals {self._seals:#x}"
+            raise MappingError(
+                f"the object {have}: without F_SEAL_SHRINK its owner could truncate it, and the "
+                "next access would kill this process with SIGBUS; have it sealed, or say "
+                "trust_size=True if its owner is trusted",
+                reason=MappingReason.CAN_SHRINK,
+                errno=errno.EPERM,
+            )
+        if huge and not self._sealed_against_writing():
+            raise MappingError(
+                "the object is of huge pages and writable: whoever may write it can punch a page "
+                "out, and the next access would kill this process with SIGBUS; huge memory is "
+                "shared read-only",
+                reason=MappingReason.CAN_SHRINK,
+                errno=errno.EPERM,
+            )
+
+    @property
+    def enforced(self) -> bool:
+        """Whether a seal holds it read-only (a writable object is what it says)."""
+        return self.max_access is Access.READ_WRITE or self._sealed_against_writing()
+
+    def fileno(self) -> int:
+        """Give our descriptor; `ClosedError` once it is closed."""
+        if self._fd < 0:
+            raise ClosedError("the received memory was closed")
+        return self._fd
+
+    def open(self, access: Access) -> int:
+        """Re-open, or duplicate where the file may not be opened again by this user (EACCES)."""
+        if access.writable and self.max_access is Access.READ_ONLY:
+            raise MappingError(
+                "the memory was given read-only: ask its owner for max_access=READ_WRITE",
+                reason=MappingReason.ACCESS,
+                errno=errno.EACCES,
+            )
+        try:
+            return reopen(self.fileno(), access)
+        except PermissionError:
+            return os.dup(self.fileno())  # another user's memfd, mode 0600: same rights as ours
+
+    def grant(self, access: Access, *, enforced: bool = True, user: int) -> int:
+        """Pass it on with at most the rights that we have."""
+        if access is Access.READ_ONLY and enforced and not self._sealed_against_writing():
+            raise MappingError(
+                "the memory is writable for whoever holds it, so it can not be passed on "
+                "read-only: say enforced=False if a courtesy is enough",
+                reason=MappingReason.NOT_ENFORCED,
+                errno=errno.EPERM,
+            )
+        return self.open(access)
+
+    def close(self) -> None:
+        """Let go of our descriptor. Mappings keep the pages."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def check_name(name: str) -> str:
+    """Give a name back that a memfd can carry, else raise `InvalidArgument`."""
+    if "\0" in name or len(os.fsencode(name)) > 249:
+        raise InvalidArgument(
+            f"name {name[:40]!r} has {len(os.fsencode(name))} bytes: a memfd's name has at most "
+            "249 and no NUL"
+        )
+    return name
+
+
+def _seals_of(fd: int) -> int:
+    """The seals of a descriptor; -1 where it is not of a memory file system (EINVAL)."""
+    try:
+        return fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.EBADF):
+            return -1
+        raise
+
+
+def _is_huge(status: os.stat_result) -> bool:
+    """Whether a file is of the huge-page file system that memfd_create uses.
+
+    The block size alone does not tell: shmem shows the huge size too where THP is on for it.
+    """
+    if status.st_blksize != huge_page_size():
+        return False
+    fd = os.memfd_create("memdesc-probe", os.MFD_CLOEXEC | os.MFD_HUGETLB)  # takes no page
+    try:
+        return os.fstat(fd).st_dev == status.st_dev
+    finally:
+        os.close(fd)
+
+
+def _create(name: str, size: int, pages: PageKind) -> int:
+    """A memfd of that size that can neither grow nor shrink, through a re-open of its own."""
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    if pages is PageKind.HUGE:
+        flags |= os.MFD_HUGETLB
+    try:
+        first = _memfd_create(name, flags)
+        try:
+            os.fchmod(first, 0o600)  # memfd_create says 0777: another user could re-open it
+            os.ftruncate(first, size)
+            fcntl.fcntl(first, fcntl.F_ADD_SEALS, _core.F_SEAL_GROW | _core.F_SEAL_SHRINK)
+            # The descriptor that memfd_create gives is not counted by leases; a re-open is.
+            return reopen(first, Access.READ_WRITE)
+        finally:
+            os.close(first)
+    except OSError as error:
+        raise AllocationError(
+            f"buffer {name!r} of {size:,} bytes can not be created: {describe_errno(error)} "
+            f"({error.strerror}); "
+            + (
+                "close descriptors or raise `ulimit -n`"
+                if error.errno in (errno.EMFILE, errno.ENFILE)
+                else "ask for less"
+            ),
+            errno=error.errno,
+            requested=size,
+        ) from error
+
+
+def _memfd_create(name: str, flags: int) -> int:
+    """memfd_create, not executable where the kernel knows of that (6.3), else without."""
+    try:
+        return os.memfd_create(name, flags | _core.MFD_NOEXEC_SEAL)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.memfd_create(name, flags)
+
+
+def _reserve(fd: int, size: int, pages: PageKind, name: str) -> None:
+    """Take all pages now, in steps, asking before each whether it can be had."""
+    doing = f"reserving buffer {name!r}"
+    check_available(round_page(size, pages.page_size), doing, pages)
+    for offset in range(0, size, _STEP):
+        length = min(_STEP, size - offset)
+        check_available(length, doing, pages)
+        try:
+            _core.fallocate(fd, 0, offset, length)
+        except OSError as error:
+            raise AllocationError(
+                f"{doing}: the kernel gave {offset:,} of {size:,} bytes, then "
+                f"{describe_errno(error)}: ask for less, or say lazy=True to take pages at the "
+                "first touch",
+                errno=error.errno,
+                requested=size,
+                available=offset,
+            ) from error

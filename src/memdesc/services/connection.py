@@ -1,0 +1,254 @@
+"""Connection: a service as its client sees it (the application's side)."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket as sockets
+import threading
+import time
+from typing import Any, Self, final
+
+from memdesc.descriptors.received import ReceivedMemoryDescriptor
+from memdesc.errors import (
+    AccessDeniedError,
+    ClosedError,
+    MemdescError,
+    PeerGoneError,
+    ProtocolError,
+    ServiceNotFoundError,
+    TimedOutError,
+)
+from memdesc.handover import close_all, unpack
+from memdesc.mapping import LocalMemoryMap
+from memdesc.services import folder, protocol
+from memdesc.services.channel import rebuilt
+from memdesc.services.peer import Peer
+from memdesc.vm.pages import Access
+from memdesc.vm.task import Task
+
+
+@final
+class Connection(Peer):
+    """A service as its client sees it; made by `connect`.
+
+    Attributes
+    ----------
+    task : Task
+        The service's process; mappings can be made there (`create_mapping_in_task`).
+    name : str
+        The service's.
+
+    Notes
+    -----
+    Threads: safe. Fork: the connection stays the parent's; the child must connect again.
+    """
+
+    def __init__(self, name: str, sock: sockets.socket, task: Task, mapping_limit: int) -> None:
+        super().__init__(sock, task, mapping_limit)
+        self.name = name
+        self._welcomed = threading.Event()
+        self._refused: protocol.Failed | None = None
+
+    def shares(self, timeout: float | None = 5.0) -> list[protocol.Share]:
+        """List what the service shares with this client."""
+        found: list[protocol.Share] = []
+        while True:
+            request = protocol.ListShares(self.next_id(), len(found))
+            answer, _ = self.request(request, timeout=timeout)
+            found += answer.shares
+            if not answer.more or not answer.shares:
+                return found
+
+    def descriptor(self, name: str, timeout: float | None = 5.0) -> ReceivedMemoryDescriptor:
+        """Get a descriptor of what is shared under a name. Owned by the caller.
+
+        Raises
+        ------
+        ShareNotFoundError
+            Nothing is, or not with this client.
+        TimedOutError, PeerGoneError, ClosedError
+        """
+        return self._open(name, timeout)[0]
+
+    def map(
+        self,
+        name: str,
+        *,
+        offset: int = 0,
+        length: int | None = None,
+        access: Access | None = None,
+        prefault: bool = False,
+        guard_pages: int = 0,
+        at_address: int | None = None,
+        timeout: float | None = 5.0,
+    ) -> LocalMemoryMap:
+        """Map what is shared under a name into this task.
+
+        Parameters
+        ----------
+        name : str
+            As the service shares it.
+        offset, length, access, prefault, guard_pages, at_address
+            As of `MemoryDescriptor.create_mapping_in_task`.
+        timeout : float, optional
+            Seconds to wait for the service; None waits for ever.
+
+        Returns
+        -------
+        LocalMemoryMap
+            A buffer; `array()` gives it as it was shared. It outlives the connection.
+
+        Raises
+        ------
+        ShareNotFoundError, MappingError, TimedOutError, PeerGoneError, ClosedError
+        """
+        descriptor, share = self._open(name, timeout)
+        mapping = descriptor.map(
+            offset=offset,
+            length=length,
+            access=access,
+            prefault=prefault,
+            guard_pages=guard_pages,
+            at_address=at_address,
+        )
+        if share.shape is not None and mapping.length == descriptor.length:
+            mapping.layout = share.shape, share.dtype or "|u1"
+        return mapping
+
+    def _open(
+        self, name: str, timeout: float | None
+    ) -> tuple[ReceivedMemoryDescriptor, protocol.Share]:
+        answer, fds = self.request(protocol.OpenShare(self.next_id(), name), timeout=timeout)
+        if not isinstance(answer, protocol.Opened):
+            close_all(fds)
+            raise ProtocolError(f"the service answered {type(answer).__name__} to OpenShare")
+        descriptor = unpack(answer.portable, fds)
+        if descriptor.length != answer.share.nbytes:
+            descriptor.close()
+            raise ProtocolError(
+                f"{name!r} is said to have {answer.share.nbytes:,} bytes, "
+                f"{descriptor.length:,} came",
+                errno=errno.EPROTO,
+            )
+        descriptor.name = name
+        return descriptor, answer.share
+
+    def _handle(self, message: Any, fds: list[int], lost: bool) -> None:
+        if isinstance(message, protocol.Welcome) and not self._welcomed.is_set():
+            if message.version != protocol.VERSION:
+                raise ProtocolError(f"the service speaks version {message.version}")
+            self._welcomed.set()
+        else:
+            super()._handle(message, fds, lost)
+
+    def _answered(self, answer: Any, fds: list[int], lost: bool) -> None:
+        if answer.id == 0 and isinstance(answer, protocol.Failed) and not self._welcomed.is_set():
+            self._refused = answer
+            self._welcomed.set()
+            return
+        super()._answered(answer, fds, lost)
+
+    def _ended(self, why: MemdescError) -> None:
+        super()._ended(why)
+        self._welcomed.set()
+
+    def _greet(self, timeout: float | None) -> None:
+        self.start()
+        with contextlib.suppress(PeerGoneError, ClosedError):
+            self.send(protocol.Hello(protocol.VERSION))
+        if not self._welcomed.wait(timeout):
+            raise TimedOutError(
+                f"service {self.name!r} (task {self.task.pid}) took the connection but did not "
+                f"answer within {timeout} s",
+                errno=errno.ETIMEDOUT,
+            )
+        if self._refused is not None:
+            raise rebuilt(self._refused)
+        if self._gone is not None:
+            raise self._gone_again()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"task {self.task.pid}"
+        return f"<Connection to {self.name!r}: {state}>"
+
+
+def connect(name: str, *, timeout: float | None = 5.0, mapping_limit: int = 4096) -> Connection:
+    """Connect to a service, waiting for it to appear.
+
+    Parameters
+    ----------
+    name : str
+        As given to `Service`.
+    timeout : float, optional
+        Seconds in all to wait for the service to appear and to answer; None waits for ever.
+    mapping_limit : int
+        How many mappings the service may make in this task at a time; 0 refuses all.
+
+    Returns
+    -------
+    Connection
+        Ends by `close`, by its ``with`` block, or when it is collected.
+
+    Raises
+    ------
+    ServiceNotFoundError
+        None appeared (ENOENT, ECONNREFUSED).
+    AccessDeniedError
+        The socket, or the service's rule, does not admit this user (EACCES).
+    TimedOutError
+        It is there but does not answer.
+    """
+    until = None if timeout is None else time.monotonic() + timeout
+    folder.open_folder(name)
+    sock = _reach(name, until, timeout)
+    try:
+        task = Task.from_socket(sock)
+    except BaseException:
+        sock.close()
+        raise
+    connection = Connection(name, sock, task, mapping_limit)
+    try:
+        connection._greet(None if until is None else max(until - time.monotonic(), 0.05))
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _reach(name: str, until: float | None, timeout: float | None) -> sockets.socket:
+    """Connect a socket, trying again while no one listens."""
+    path = folder.socket_path(name)
+    pause = 0.002
+    while True:
+        sock = sockets.socket(sockets.AF_UNIX, sockets.SOCK_SEQPACKET | sockets.SOCK_NONBLOCK)
+        try:
+            sock.connect(os.fspath(path))
+            return sock
+        except (FileNotFoundError, ConnectionRefusedError, BlockingIOError) as error:
+            sock.close()
+            if until is not None and time.monotonic() + pause > until:
+                raise ServiceNotFoundError(
+                    f"no service {name!r} appeared within {timeout} s (no one listens at {path}): "
+                    "start it, or check the name and MEMDESC_RUNTIME_DIR",
+                    errno=error.errno,
+                ) from error
+        except PermissionError as error:
+            sock.close()
+            raise AccessDeniedError(
+                f"the socket {path} does not admit user {os.geteuid()}: its owner lets others in "
+                "with Service(…, allow=…)",
+                errno=error.errno,
+            ) from error
+        except BaseException:
+            sock.close()
+            raise
+        time.sleep(pause)
+        pause = min(pause * 1.5, 0.05)

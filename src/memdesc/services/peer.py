@@ -1,0 +1,342 @@
+"""A peer: one end of a connection, the same on both sides, with the mappings pushed over it.
+
+`Connection` (the client's side) and `UserClient` (the service's) are its two kinds. Either side may
+map its memory into the other (`create_mapping_in_task`), up to the other's limit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket as sockets
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from memdesc.errors import (
+    ClosedError,
+    InvalidArgument,
+    MappingError,
+    MappingReason,
+    MemdescError,
+    NotPrivilegedError,
+    PeerGoneError,
+    ProtocolError,
+    SealedError,
+    TaskGoneError,
+    TimedOutError,
+)
+from memdesc.handover import close_all, give, take
+from memdesc.mapping import (
+    Extent,
+    LocalMemoryMap,
+    Placement,
+    RemoteMemoryMap,
+    add_carrier,
+    map_extents,
+    remove_carrier,
+)
+from memdesc.services import protocol
+from memdesc.services.channel import Channel
+from memdesc.vm.pages import Access
+from memdesc.vm.regions import find_holes, regions_in
+from memdesc.vm.task import Task
+
+
+class Peer(Channel):
+    """One connected task, and the mappings that each side has made in the other.
+
+    Attributes
+    ----------
+    task : Task
+        At the other end, held by pidfd.
+    mapping_limit : int
+        How many mappings that task may have pushed into this one at a time.
+    """
+
+    def __init__(self, sock: sockets.socket, task: Task, mapping_limit: int) -> None:
+        super().__init__(sock, task)
+        self.mapping_limit = mapping_limit
+        self._arrived = threading.Condition(self._lock)
+        self._in_peer: set[int] = set()
+        self._pushed: dict[int, LocalMemoryMap] = {}
+        self._unseen: deque[LocalMemoryMap] = deque()
+
+    def start(self) -> None:
+        """Begin to be served, and to be a way to map into the task."""
+        add_carrier(self)
+        super().start()
+
+    def forked(self) -> None:
+        """In a fork child: the connection stays the parent's."""
+        super().forked()
+        self._arrived = threading.Condition(self._lock)
+        self._in_peer.clear()
+
+    def _ended(self, why: MemdescError) -> None:
+        remove_carrier(self)
+        with self._arrived:
+            self._in_peer.clear()
+            self._pushed.clear()
+            self._arrived.notify_all()
+
+    def _handle(self, message: Any, fds: list[int], lost: bool) -> None:
+        if isinstance(message, protocol.PushMapping):
+            self._answer(message.id, lambda: self._map_for_peer(message, fds, lost))
+        elif isinstance(message, protocol.PullMapping):
+            self._answer(message.id, lambda: self._unmap_for_peer(message))
+        elif isinstance(message, protocol.ReleaseMapping):
+            self._release_for_peer(message.token)
+        elif isinstance(message, protocol.MappingEnded):
+            with self._lock:
+                self._in_peer.discard(message.token)
+        else:
+            super()._handle(message, fds, lost)
+
+    # -- mappings that the peer pushes into this task --------------------------------------------
+
+    def _map_for_peer(
+        self, push: protocol.PushMapping, fds: list[int], lost: bool
+    ) -> tuple[protocol.Mapped, list[int]]:
+        self._check_push(push, lost)
+        access = Access.READ_WRITE if push.writable else Access.READ_ONLY
+        taken = list(fds)
+        fds.clear()
+        extents = take(push.pieces, taken, access)
+        try:
+            placement = Placement(push.at_address, push.guard_pages, push.prefault)
+            window = map_extents(extents, access, placement)
+        finally:
+            for extent in extents:
+                extent.object.close()  # the mapping holds the pages
+        mapping = LocalMemoryMap(
+            window,
+            offset=push.offset,
+            access=access,
+            guard_pages=push.guard_pages,
+            owner=None,
+            ended=_Ended(self, push.token),
+        )
+        with self._arrived:
+            self._pushed[push.token] = mapping
+            self._unseen.append(mapping)
+            self._arrived.notify_all()
+        return protocol.Mapped(push.id, mapping.address), []
+
+    def _check_push(self, push: protocol.PushMapping, lost: bool) -> None:
+        if lost:
+            raise MappingError(
+                f"task {os.getpid()} has no file descriptor left: close some there, or raise "
+                "`ulimit -n`",
+                reason=MappingReason.TOO_MANY_FILES,
+                errno=errno.EMFILE,
+            )
+        if push.token in self._pushed:
+            raise ProtocolError(f"mapping {push.token} is there already")
+        if len(self._pushed) >= self.mapping_limit:
+            raise MappingError(
+                f"task {os.getpid()} takes {self.mapping_limit} mappings from one connection, and "
+                "has them: unmap some, or let it say mapping_limit=…",
+                reason=MappingReason.REFUSED,
+                errno=errno.EDQUOT,
+            )
+
+    def _unmap_for_peer(self, pull: protocol.PullMapping) -> tuple[protocol.Done, list[int]]:
+        mapping = self._pushed.get(pull.token)
+        if mapping is not None:
+            mapping.unmap()
+            self._pushed.pop(pull.token, None)
+        return protocol.Done(pull.id), []
+
+    def _release_for_peer(self, token: int) -> None:
+        mapping = self._pushed.pop(token, None)
+        if mapping is not None:
+            with self._lock:
+                if mapping in self._unseen:
+                    self._unseen.remove(mapping)
+            mapping._let_go()
+
+    def mappings(self) -> list[LocalMemoryMap]:
+        """List the mappings that the other side has made in this task."""
+        with self._lock:
+            return list(self._pushed.values())
+
+    def wait_mapping(self, timeout: float | None = None) -> LocalMemoryMap:
+        """Wait for the next mapping that the other side makes in this task.
+
+        Raises
+        ------
+        TimedOutError, PeerGoneError, ClosedError
+        """
+        until = None if timeout is None else time.monotonic() + timeout
+        with self._arrived:
+            while not self._unseen:
+                if self._gone is not None:
+                    raise self._gone_again()
+                left = None if until is None else until - time.monotonic()
+                if left is not None and left <= 0:
+                    raise TimedOutError(
+                        f"task {self.task.pid} made no mapping here within {timeout} s",
+                        errno=errno.ETIMEDOUT,
+                    )
+                self._arrived.wait(left)
+            return self._unseen.popleft()
+
+    # -- mappings that we push into the peer (mapping.Carrier) -----------------------------------
+
+    def map_in_peer(
+        self,
+        extents: Sequence[Extent],
+        *,
+        access: Access,
+        enforced: bool,
+        placement: Placement,
+        offset: int,
+        owner: object,
+        timeout: float | None,
+    ) -> RemoteMemoryMap:
+        """Have the other side map extents; see `MemoryDescriptor.create_mapping_in_task`."""
+        pieces, fds = self._give(extents, access, enforced)
+        push = protocol.PushMapping(
+            id=self.next_id(),
+            token=self.next_id(),
+            name=getattr(owner, "name", "")[:1024],
+            writable=access.writable,
+            pieces=tuple(pieces),
+            offset=offset,
+            at_address=placement.at_address,
+            guard_pages=placement.guard_pages,
+            prefault=placement.prefault,
+        )
+        try:
+            answer, _ = self.request(push, fds, timeout, undo=self._undo_push(push.token))
+        except TimedOutError as error:
+            raise MappingError(
+                f"{error}; nothing is left mapped there when it wakes",
+                reason=MappingReason.NOT_ANSWERING,
+                errno=errno.ETIMEDOUT,
+            ) from error
+        except (PeerGoneError, ClosedError) as error:
+            raise MappingError(
+                str(error), reason=MappingReason.PEER_GONE, errno=errno.ECONNRESET
+            ) from error
+        finally:
+            close_all(fds)
+        with self._lock:
+            self._in_peer.add(push.token)
+        verified = self._check_claim(answer.address, extents, access)
+        return RemoteMemoryMap(
+            self,
+            push.token,
+            address=answer.address,
+            length=sum(extent.length for extent in extents),
+            access=access,
+            offset=offset,
+            verified=verified,
+            owner=owner,
+        )
+
+    def _undo_push(self, token: int) -> Callable[[Any], None]:
+        """What is done about a mapping that was made when no one waited for it any more."""
+
+        def undo(answer: Any) -> None:
+            if isinstance(answer, protocol.Mapped):
+                self.send(protocol.ReleaseMapping(token))
+
+        return undo
+
+    def _give(
+        self, extents: Sequence[Extent], access: Access, enforced: bool
+    ) -> tuple[list[tuple[int, int, int]], list[int]]:
+        try:
+            return give(extents, access, enforced=enforced, user=self.task.credentials.uid)
+        except SealedError as error:
+            reason = MappingReason.ACCESS if access.writable else MappingReason.NOT_ENFORCED
+            raise MappingError(str(error), reason=reason, errno=error.errno) from error
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            raise MappingError(
+                "this process has no file descriptor left: close some, or raise `ulimit -n`",
+                reason=MappingReason.TOO_MANY_FILES,
+                errno=error.errno,
+            ) from error
+
+    def _check_claim(self, address: int, extents: Sequence[Extent], access: Access) -> bool | None:
+        """Look into the task's maps for what it says it did; None where we may not look."""
+        at = address
+        try:
+            for extent in extents:
+                shown = regions_in(self.task, at, extent.length)
+                if find_holes(shown, at, extent.length):
+                    raise self._false_answer(address, "nothing")
+                for region in shown:
+                    low = max(at, region.start)
+                    same_object = extent.object.identity == (
+                        os.makedev(*region.object.device),
+                        region.object.inode,
+                    )
+                    same_place = region.offset_of(low) == extent.offset + low - at
+                    if not (same_object and same_place and region.access is access):
+                        raise self._false_answer(address, region.path)
+                at += extent.length
+        except (NotPrivilegedError, TaskGoneError):
+            return None
+        except InvalidArgument as error:
+            raise self._false_answer(address, "no address of a task") from error
+        return True
+
+    def _false_answer(self, address: int, what: str) -> MappingError:
+        return MappingError(
+            f"task {self.task.pid} answered that the mapping lies at {address:#x}; its maps show "
+            f"{what or 'other memory'} there: do not use that address",
+            reason=MappingReason.FALSE_ANSWER,
+            errno=errno.EPROTO,
+        )
+
+    def has_mapping(self, token: int) -> bool:
+        """Whether a mapping that we pushed is still in the books."""
+        return token in self._in_peer
+
+    def unmap_in_peer(self, token: int, timeout: float | None) -> None:
+        """Have the other side unmap; `BufferError` while its program holds views."""
+        try:
+            self.request(protocol.PullMapping(self.next_id(), token), timeout=timeout)
+        except (PeerGoneError, ClosedError):
+            return  # and its mappings with it
+        except TimedOutError as error:
+            raise MappingError(
+                f"{error}; the mapping is still in the books",
+                reason=MappingReason.NOT_ANSWERING,
+                errno=errno.ETIMEDOUT,
+            ) from error
+        with self._lock:
+            self._in_peer.discard(token)
+
+    def release_in_peer(self, token: int) -> None:
+        """Tell the other side that the mapping may go when its views do; does not wait."""
+        with self._lock:
+            known = token in self._in_peer
+            self._in_peer.discard(token)
+        if known:
+            with contextlib.suppress(PeerGoneError, ClosedError):
+                self.send(protocol.ReleaseMapping(token))
+
+
+class _Ended:
+    """Tells the other side that this program ended a mapping that it had pushed."""
+
+    def __init__(self, peer: Peer, token: int) -> None:
+        self._peer = weakref.ref(peer)
+        self._token = token
+
+    def __call__(self) -> None:
+        peer = self._peer()
+        if peer is None or peer._pushed.pop(self._token, None) is None:
+            return
+        with contextlib.suppress(PeerGoneError, ClosedError):
+            peer.send(protocol.MappingEnded(self._token))

@@ -1,0 +1,152 @@
+"""The messages between a service and its clients: typed MessagePack, one a packet.
+
+A packet of a Unix seqpacket socket carries one message and the file descriptors that belong to
+it. Every field is checked when it is decoded; what does not fit ends the connection. Whatever
+needs an answer has an `id` of its sender's choice; the answer carries it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from memdesc.portable import Natural, Piece, Portable
+
+VERSION = 1
+MAX_MESSAGE = 128 * 1024
+"""Bytes of a packet at most; below the socket buffer's default (net.core.wmem_default)."""
+
+Name = Annotated[str, msgspec.Meta(max_length=1024)]
+Text = Annotated[str, msgspec.Meta(max_length=8192)]
+Shape = Annotated[tuple[Natural, ...], msgspec.Meta(max_length=64)]
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    """Client → service, first of all."""
+
+    version: Natural
+
+
+class Welcome(msgspec.Struct, frozen=True, tag=True):
+    """Service → client: admitted."""
+
+    version: Natural
+    service: Name
+
+
+class Share(msgspec.Struct, frozen=True):
+    """What a service tells of one thing that it shares. `dtype` is NumPy's string for it."""
+
+    name: Name
+    nbytes: Natural
+    writable: bool
+    shape: Shape | None = None
+    dtype: Name | None = None
+
+
+class ListShares(msgspec.Struct, frozen=True, tag=True):
+    """Client → service: what is there, from the `start`-th on?"""
+
+    id: Natural
+    start: Natural = 0
+
+
+class Shares(msgspec.Struct, frozen=True, tag=True):
+    """The answer; `more` says that the list goes on."""
+
+    id: Natural
+    shares: Annotated[tuple[Share, ...], msgspec.Meta(max_length=128)]
+    more: bool
+
+
+class OpenShare(msgspec.Struct, frozen=True, tag=True):
+    """Client → service: give me that."""
+
+    id: Natural
+    name: Name
+
+
+class Opened(msgspec.Struct, frozen=True, tag=True):
+    """The answer, with the descriptors of its objects."""
+
+    id: Natural
+    share: Share
+    portable: Portable
+
+
+class PushMapping(msgspec.Struct, frozen=True, tag=True):
+    """Either side: map this, with the descriptors of its objects (create_mapping_in_task)."""
+
+    id: Natural
+    token: Natural
+    name: Name
+    writable: bool
+    pieces: Annotated[tuple[Piece, ...], msgspec.Meta(min_length=1, max_length=4096)]
+    offset: Natural
+    at_address: Natural | None
+    guard_pages: Natural
+    prefault: bool
+
+
+class Mapped(msgspec.Struct, frozen=True, tag=True):
+    """The answer: where it lies in the answering task. A claim."""
+
+    id: Natural
+    address: Natural
+
+
+class PullMapping(msgspec.Struct, frozen=True, tag=True):
+    """Either side: unmap that; an error while views of it are alive."""
+
+    id: Natural
+    token: Natural
+
+
+class ReleaseMapping(msgspec.Struct, frozen=True, tag=True):
+    """Either side: that mapping may go as soon as your views allow. No answer."""
+
+    token: Natural
+
+
+class MappingEnded(msgspec.Struct, frozen=True, tag=True):
+    """Either side: my program ended that mapping by itself. No answer."""
+
+    token: Natural
+
+
+class Done(msgspec.Struct, frozen=True, tag=True):
+    """The answer to what returns nothing."""
+
+    id: Natural
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The answer that it failed: the class's name in the family, and its fields."""
+
+    id: Natural
+    error: Name
+    message: Text
+    errno: int | None = None
+    reason: Name | None = None
+
+
+Message = (
+    Hello
+    | Welcome
+    | ListShares
+    | Shares
+    | OpenShare
+    | Opened
+    | PushMapping
+    | Mapped
+    | PullMapping
+    | ReleaseMapping
+    | MappingEnded
+    | Done
+    | Failed
+)
+Answer = Shares | Opened | Mapped | Done | Failed
+
+encode = msgspec.msgpack.Encoder().encode
+decode = msgspec.msgpack.Decoder(Message).decode

@@ -1,0 +1,376 @@
+"""Service: a process that owns memory and rules who sees it (the driver's side)."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import socket as sockets
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, final
+
+from memdesc.descriptors.base import MemoryDescriptor
+from memdesc.errors import (
+    ClosedError,
+    InvalidArgument,
+    MemdescError,
+    SealedError,
+    ShareNotFoundError,
+    TimedOutError,
+)
+from memdesc.services import folder, protocol
+from memdesc.services.loop import loop, tell_if_forked
+from memdesc.services.user_client import UserClient
+from memdesc.vm.pages import Access
+from memdesc.vm.task import Task
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+log = logging.getLogger("memdesc.services")
+
+Allow = Callable[[Task], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """One thing that a service shares, and with whom."""
+
+    name: str
+    descriptor: MemoryDescriptor
+    access: Access
+    enforced: bool
+    shape: tuple[int, ...] | None
+    dtype: str | None
+    allow: Allow | None
+
+    def described(self) -> protocol.Share:
+        """As clients are told of it."""
+        return protocol.Share(
+            self.name, self.descriptor.length, self.access.writable, self.shape, self.dtype
+        )
+
+
+@final
+class Service:
+    """Shares descriptors under names with the processes that connect (the driver's side).
+
+    Parameters
+    ----------
+    name : str
+        A name, or a path with a slash; see `memdesc.services.folder`.
+    allow : callable, optional
+        Takes the client's `Task` (its `credentials` are the kernel's word), says whether it is
+        admitted. By default: the same user. Called on the I/O thread; must not wait.
+    mapping_limit : int
+        How many mappings one client may make in this task at a time.
+
+    Raises
+    ------
+    NameInUseError
+        A living service has the name (EADDRINUSE).
+    AccessDeniedError
+        The runtime folder is not this user's alone (EACCES).
+
+    Notes
+    -----
+    Linux: a Unix seqpacket socket with mode 0600 (0666 with `allow`), SO_PEERCRED, SO_PEERPIDFD.
+    A killed service leaves its socket file, which the next to open the folder sweeps. Clients keep
+    what they have mapped.
+
+    Threads: safe. Fork: the service stays the parent's; in the child it is closed.
+
+    Examples
+    --------
+    >>> import tempfile, memdesc as md
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> with md.Service(folder.name + "/camera") as camera:
+    ...     camera.share("frames", md.BufferMemoryDescriptor(100))
+    ...     with md.connect(folder.name + "/camera") as client:
+    ...         len(client.map("frames"))
+    100
+    """
+
+    def __init__(self, name: str, *, allow: Allow | None = None, mapping_limit: int = 64) -> None:
+        self.name = name
+        self.mapping_limit = mapping_limit
+        self._allow = allow
+        self._lock = threading.RLock()
+        self._joining = threading.Condition(self._lock)
+        self._shares: dict[str, _Shared] = {}
+        self._clients: list[UserClient] = []
+        self._unseen: list[UserClient] = []
+        self._strangers: set[UserClient] = set()
+        self._closed = False
+        self._loop = loop()
+        self._sock, self.path = folder.listen(name, for_all=allow is not None)
+        self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        inode = self.path.lstat().st_ino
+        self._finalizer = weakref.finalize(
+            self, _abandon, self._loop, self._sock, self._spare, self.path, inode, os.getpid()
+        )
+        tell_if_forked(self)
+        this = weakref.ref(self)
+
+        def ready(_: int) -> None:
+            service = this()
+            if service is not None:
+                service._accept()
+
+        self._loop.run(lambda: self._loop.watch(self._sock.fileno(), ready))
+
+    # -- sharing ---------------------------------------------------------------------------------
+
+    def share(
+        self,
+        name: str,
+        descriptor: MemoryDescriptor,
+        *,
+        access: Access | None = None,
+        enforced: bool = True,
+        shape: tuple[int, ...] | None = None,
+        dtype: npt.DTypeLike | None = None,
+        allow: Allow | None = None,
+    ) -> None:
+        """Let clients find a descriptor under a name. Replaces what was shared under it.
+
+        Parameters
+        ----------
+        name : str
+            At most 1,024 characters.
+        descriptor : MemoryDescriptor
+            Kept alive while shared; sealed at the first client's opening.
+        access : Access, optional
+            What clients get; by default the most that `max_access` allows.
+        enforced : bool
+            False accepts read-only as a courtesy on memory that is READ_WRITE.
+        shape, dtype : optional
+            How `mapping.array()` looks at the other side.
+        allow : callable, optional
+            Further rule for this share: takes the client's Task.
+
+        Raises
+        ------
+        SealedError
+            READ_WRITE memory can not be shared read-only and enforced; nor the other way round.
+        RangeError, InvalidArgument
+            The array does not fit, or can not travel.
+        """
+        access = descriptor.max_access if access is None else Access(access)
+        if not access.within(descriptor.max_access):
+            raise SealedError(
+                f"{descriptor.name!r} gives {descriptor.max_access.value} at most: make it with "
+                "max_access=READ_WRITE to share it for writing",
+                errno=errno.EACCES,
+            )
+        if enforced and access is Access.READ_ONLY and descriptor.max_access.writable:
+            raise SealedError(
+                f"{descriptor.name!r} is max_access=READ_WRITE: a client that it is shared with "
+                "read-only could re-open it for writing; make it READ_ONLY, or say "
+                "enforced=False if a courtesy is enough",
+                errno=errno.EACCES,
+            )
+        shape, kind = _check_layout(descriptor, shape, dtype)
+        shared = _Shared(name, descriptor, access, enforced, shape, kind, allow)
+        with self._lock:
+            self._check_open()
+            self._shares[name] = shared
+
+    def unshare(self, name: str) -> None:
+        """Share it no longer; clients keep what they have mapped."""
+        with self._lock:
+            if self._shares.pop(name, None) is None:
+                raise ShareNotFoundError(f"service {self.name!r} shares no {name!r}")
+
+    def shares(self) -> list[protocol.Share]:
+        """List what is shared."""
+        with self._lock:
+            return [shared.described() for shared in self._shares.values()]
+
+    # -- clients ---------------------------------------------------------------------------------
+
+    def clients(self) -> list[UserClient]:
+        """List the clients that are connected and alive."""
+        with self._lock:
+            return list(self._clients)
+
+    def wait_client(self, timeout: float | None = None) -> UserClient:
+        """Wait for the next client that is admitted.
+
+        Raises
+        ------
+        TimedOutError, ClosedError
+        """
+        until = None if timeout is None else time.monotonic() + timeout
+        with self._joining:
+            while not self._unseen:
+                self._check_open()
+                left = None if until is None else until - time.monotonic()
+                if left is not None and left <= 0:
+                    raise TimedOutError(
+                        f"no client connected to service {self.name!r} within {timeout} s",
+                        errno=errno.ETIMEDOUT,
+                    )
+                self._joining.wait(left)
+            return self._unseen.pop(0)
+
+    def admits(self, task: Task) -> bool:
+        """Whether the rule lets a task in; a rule that raises admits nobody."""
+        if self._allow is None:
+            return task.credentials.uid == os.geteuid()
+        try:
+            return bool(self._allow(task))
+        except Exception:
+            log.exception("service.rule_failed", extra={"service": self.name})
+            return False
+
+    # -- on the I/O thread -----------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._sock.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            self._turn_away()
+            return
+        try:
+            task = Task.from_socket(sock)
+        except (MemdescError, OSError) as error:  # it has gone already, or we have no descriptor
+            log.debug("service.client_lost", extra={"service": self.name, "why": str(error)})
+            sock.close()
+            return
+        client = UserClient(self, sock, task, self.mapping_limit)
+        with self._lock:
+            self._strangers.add(client)
+        client.start()
+
+    def _turn_away(self) -> None:
+        """Accept and close with the descriptor kept for it, else epoll would wake us for ever."""
+        log.warning("service.no_descriptors", extra={"service": self.name})
+        os.close(self._spare)
+        with contextlib.suppress(OSError):
+            self._sock.accept()[0].close()
+        self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+
+    def _joined(self, client: UserClient) -> None:
+        with self._joining:
+            self._strangers.discard(client)
+            self._clients.append(client)
+            self._unseen.append(client)
+            self._joining.notify_all()
+
+    def _left(self, client: UserClient) -> None:
+        with self._joining:
+            self._strangers.discard(client)
+            for books in (self._clients, self._unseen):
+                if client in books:
+                    books.remove(client)
+
+    def _visible_to(self, client: UserClient) -> list[protocol.Share]:
+        with self._lock:
+            known = list(self._shares.values())
+        return [one.described() for one in known if _allows(one, client)]
+
+    def _find(self, client: UserClient, name: str) -> _Shared:
+        with self._lock:
+            shared = self._shares.get(name)
+        if shared is None or not _allows(shared, client):
+            raise ShareNotFoundError(
+                f"service {self.name!r} shares no {name[:80]!r} with task {client.task.pid}: see "
+                "shares()",
+                errno=errno.ENOENT,
+            )
+        return shared
+
+    # -- lifetime --------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"service {self.name!r} was closed, or is of this fork's parent")
+
+    def close(self) -> None:
+        """End the service: give up the name and end every connection. Again is a no-op."""
+        with self._joining:
+            if self._closed:
+                return
+            self._closed = True
+            clients = [*self._clients, *self._strangers]
+            self._shares.clear()
+            self._joining.notify_all()
+        for client in clients:
+            client.close()
+        self._loop.run(self._finalizer)
+
+    def forked(self) -> None:
+        """In a fork child: the service stays the parent's."""
+        self._lock = threading.RLock()
+        self._joining = threading.Condition(self._lock)
+        self._finalizer.detach()
+        if not self._closed:
+            self._closed = True
+            self._sock.close()
+            os.close(self._spare)
+        self._clients.clear()
+        self._unseen.clear()
+        self._strangers.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{len(self._clients)} clients"
+        return f"<Service {self.name!r}: {len(self._shares)} shares, {state}>"
+
+
+def _allows(shared: _Shared, client: UserClient) -> bool:
+    if shared.allow is None:
+        return True
+    try:
+        return bool(shared.allow(client.task))
+    except Exception:
+        log.exception("service.rule_failed", extra={"share": shared.name})
+        return False
+
+
+def _check_layout(
+    descriptor: MemoryDescriptor, shape: tuple[int, ...] | None, dtype: Any
+) -> tuple[tuple[int, ...] | None, str | None]:
+    """Check that an array of that form fits and can travel: (shape, array-protocol string)."""
+    if shape is None and dtype is None:
+        return None, None
+    import numpy as np
+
+    kind = np.dtype("u1" if dtype is None else dtype)
+    if kind.hasobject or kind.names:
+        raise InvalidArgument(
+            f"dtype {kind} can not travel: share it as bytes and give the dtype to array()"
+        )
+    if shape is None:
+        shape = (descriptor.length // kind.itemsize,)
+    view = descriptor.array(shape, kind)
+    return view.shape, kind.str
+
+
+def _abandon(io: Any, sock: sockets.socket, spare: int, path: Path, inode: int, pid: int) -> None:
+    """Give up the name and the descriptors, also when the service was dropped without close()."""
+
+    def close() -> None:
+        io.forget(sock.fileno())
+        sock.close()
+        os.close(spare)
+
+    if os.getpid() == pid:
+        folder.remove(path, inode)
+        io.post(close)

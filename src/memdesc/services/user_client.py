@@ -1,0 +1,106 @@
+"""UserClient: one client as its service sees it (I/O Kit: IOUserClient)."""
+
+from __future__ import annotations
+
+import errno
+import socket as sockets
+from typing import TYPE_CHECKING, Any, final
+
+from memdesc.errors import (
+    AccessDeniedError,
+    MemdescError,
+    ProtocolError,
+)
+from memdesc.handover import pack
+from memdesc.services import protocol
+from memdesc.services.peer import Peer
+from memdesc.vm.task import Task
+
+if TYPE_CHECKING:
+    from memdesc.services.service import Service
+
+_SHARES_AT_ONCE = 128
+
+
+@final
+class UserClient(Peer):
+    """One client of a service.
+
+    Attributes
+    ----------
+    task : Task
+        The client, held by pidfd, with its `credentials` as the kernel gives them.
+    admitted : bool
+        Whether it has greeted and the service's rule let it in.
+    """
+
+    def __init__(
+        self, service: Service, sock: sockets.socket, task: Task, mapping_limit: int
+    ) -> None:
+        super().__init__(sock, task, mapping_limit)
+        self.admitted = False
+        self._service: Service | None = service
+
+    def __repr__(self) -> str:
+        state = "gone" if self.closed else "connected"
+        return f"<UserClient task {self.task.pid}, user {self.task.credentials.uid}, {state}>"
+
+    def _handle(self, message: Any, fds: list[int], lost: bool) -> None:
+        service = self._service
+        if service is None:
+            return
+        if not self.admitted:
+            if not isinstance(message, protocol.Hello):
+                raise ProtocolError("the first message must be Hello", errno=errno.EPROTO)
+            self._greet(service, message)
+        elif isinstance(message, protocol.ListShares):
+            self._answer(message.id, lambda: self._list(service, message))
+        elif isinstance(message, protocol.OpenShare):
+            self._answer(message.id, lambda: self._open(service, message))
+        else:
+            super()._handle(message, fds, lost)
+
+    def _greet(self, service: Service, hello: protocol.Hello) -> None:
+        if hello.version != protocol.VERSION:
+            raise ProtocolError(
+                f"the client speaks version {hello.version}, this service {protocol.VERSION}",
+                errno=errno.EPROTO,
+            )
+        if not service.admits(self.task):
+            refusal = AccessDeniedError(
+                f"service {service.name!r} does not admit user {self.task.credentials.uid} "
+                f"(task {self.task.pid}): its owner decides by allow=…",
+                errno=errno.EACCES,
+            )
+            self.send(protocol.Failed(0, "AccessDeniedError", refusal.message, refusal.errno))
+            self._end(refusal)
+            return
+        self.admitted = True
+        self.send(protocol.Welcome(protocol.VERSION, service.name))
+        service._joined(self)
+
+    def _list(
+        self, service: Service, request: protocol.ListShares
+    ) -> tuple[protocol.Shares, list[int]]:
+        shares = service._visible_to(self)
+        end = request.start + _SHARES_AT_ONCE
+        page = tuple(shares[request.start : end])
+        return protocol.Shares(request.id, page, end < len(shares)), []
+
+    def _open(
+        self, service: Service, request: protocol.OpenShare
+    ) -> tuple[protocol.Opened, list[int]]:
+        shared = service._find(self, request.name)
+        portable, fds = pack(
+            shared.descriptor,
+            shared.access,
+            enforced=shared.enforced,
+            user=self.task.credentials.uid,
+        )
+        return protocol.Opened(request.id, shared.described(), portable), fds
+
+    def _ended(self, why: MemdescError) -> None:
+        super()._ended(why)
+        service, self._service = self._service, None
+        if service is not None:
+            service._left(self)

@@ -9,6 +9,8 @@ ARGS ?=
 BIN := .venv/bin
 CORE := CMakeLists.txt $(wildcard src/memdesc/_core/*.pyx src/memdesc/_core/*.pxd src/memdesc/_core/*.h)
 SOURCES := $(CORE) $(shell find src -name '*.py' -o -name '*.pyi')
+# A folder changes when a file comes, goes or moves: the editable install must then be told.
+FOLDERS := $(shell find src -type d -not -name __pycache__)
 HEADERS := $(wildcard src/memdesc/_core/*.h)
 PIP_INSTALL := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install \
 	-qq --disable-pip-version-check --constraint constraints.txt
@@ -105,19 +107,19 @@ clean:
 	@$(PIP_INSTALL) scikit-build-core cython cython-cmake cmake ninja
 	@touch $@
 
-.venv/demo.stamp: .venv/build.stamp pyproject.toml $(CORE)
+.venv/demo.stamp: .venv/build.stamp pyproject.toml $(CORE) $(FOLDERS)
 	@$(PIP_INSTALL) $(EDITABLE) '.[cli]'
 	@touch $@
 
-.venv/test.stamp: .venv/build.stamp pyproject.toml $(CORE)
+.venv/test.stamp: .venv/build.stamp pyproject.toml $(CORE) $(FOLDERS)
 	@$(PIP_INSTALL) $(EDITABLE) '.[cli,lint,test]'
 	@touch .venv/demo.stamp $@
 
-.venv/docs.stamp: .venv/build.stamp pyproject.toml $(CORE)
+.venv/docs.stamp: .venv/build.stamp pyproject.toml $(CORE) $(FOLDERS)
 	@$(PIP_INSTALL) $(EDITABLE) '.[cli,docs]'
 	@touch .venv/demo.stamp $@
 
-build/wheel.stamp: .venv/build.stamp pyproject.toml README.md LICENSE $(SOURCES)
+build/wheel.stamp: .venv/build.stamp pyproject.toml README.md LICENSE $(SOURCES) $(FOLDERS)
 	@echo "== building the wheel"
 	@rm -rf dist
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip wheel -qq --no-deps \

@@ -293,7 +293,7 @@ def leak_guard(*, allow: Collection[LeakKind] = (), settle: float = 1.0) -> Iter
     >>> with leak_guard(settle=0):
     ...     ends = os.pipe()
     Traceback (most recent call last):
-    memdesc.testing.leaks.LeakError: 2 left behind: ...
+    memdesc.testing.leaks.LeakError: 2 left behind:...
     >>> for end in ends:
     ...     os.close(end)
     """

@@ -1,0 +1,95 @@
+"""The memory cgroups that this process is in: limits past which the kernel kills.
+
+Both hierarchies are read, version 1 and version 2, wherever they are mounted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+_UNLIMITED = 1 << 60  # version 1 tells "no limit" as 2**63 rounded down to a page
+_FILES = {
+    "cgroup2": ("memory.max", "memory.current"),
+    "cgroup": ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryCgroup:
+    """One memory cgroup that holds this process, directly or through those below it.
+
+    Attributes
+    ----------
+    folder : Path
+    limit : int or None
+        Bytes; None where it sets none.
+    used : int
+        Bytes charged to it now, the file cache among them.
+    file_cache : int
+        Bytes of cached files, which the kernel drops before it kills.
+    """
+
+    folder: Path
+    limit: int | None
+    used: int
+    file_cache: int
+
+
+def memory_cgroups() -> list[MemoryCgroup]:
+    """Give the memory cgroups above this process, innermost first, whose files can be read.
+
+    Linux: /proc/self/cgroup and the mounted hierarchies, no privilege. The root has no limit
+    and is not among them; a container may show only a part, or nothing.
+    """
+    kinds = _memberships(Path("/proc/self/cgroup").read_text())
+    found = []
+    for kind, point, root in _mounts(Path("/proc/self/mountinfo").read_text()):
+        path = kinds.get(kind)
+        if path is None:
+            continue
+        inside = path[len(root) :] if root != "/" and path.startswith(root) else path
+        folder = point / inside.lstrip("/")
+        while folder.is_relative_to(point):
+            if group := _read_group(folder, *_FILES[kind]):
+                found.append(group)
+            folder = folder.parent
+    return found
+
+
+def _memberships(text: str) -> dict[str, str]:
+    """Tell this process's cgroup in each kind of hierarchy: /proc/self/cgroup, cgroups(7)."""
+    found = {}
+    for line in text.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            found["cgroup2"] = path
+        elif "memory" in controllers.split(","):
+            found["cgroup"] = path
+    return found
+
+
+def _mounts(text: str) -> list[tuple[str, Path, str]]:
+    """Give (kind, mount point, root within the hierarchy) of each, from /proc/self/mountinfo."""
+    found = []
+    for line in text.splitlines():
+        left, _, right = line.partition(" - ")
+        root, point = left.split()[3:5]
+        kind, _, options = right.split(" ", 2)
+        if kind == "cgroup2" or (kind == "cgroup" and "memory" in options.split(",")):
+            found.append((kind, Path(point), root))
+    return found
+
+
+def _read_group(folder: Path, limit_file: str, used_file: str) -> MemoryCgroup | None:
+    try:
+        limit = (folder / limit_file).read_text().strip()
+        used = int((folder / used_file).read_text())
+        lines = (folder / "memory.stat").read_text().splitlines()
+    except OSError:  # the root, a hierarchy without memory, or a folder that is hidden from us
+        return None
+    stat = dict(line.split(" ", 1) for line in lines)
+    prefix = "total_" if "total_inactive_file" in stat else ""  # version 1: with those below
+    cache = sum(int(stat.get(f"{prefix}{name}", 0)) for name in ("inactive_file", "active_file"))
+    number = None if limit == "max" or int(limit) >= _UNLIMITED else int(limit)
+    return MemoryCgroup(folder, number, used, cache)

@@ -6,6 +6,7 @@ It looks and keeps nothing. `claims` locks, counts and undoes.
 from __future__ import annotations
 
 import errno
+import os
 import resource
 from pathlib import Path
 
@@ -59,8 +60,36 @@ def _missing(run: Run) -> int:
     return pages * page_size
 
 
+def own_regions(start: int, end: int) -> tuple[list[regions.Region], int]:
+    """Give the regions of this task that overlap a range, and how many it has in all.
+
+    Read line by line: this is asked when memory or regions run out, where a task with 65,530
+    of them could not hold the 5 MiB of its maps file.
+
+    Raises
+    ------
+    AllocationError
+        It can not even be read: no descriptor (EMFILE), no memory (ENOMEM).
+    """
+    kept, count = [], 0
+    try:
+        with open("/proc/self/maps", "rb", buffering=page_size) as file:
+            for line in file:
+                count += 1
+                low, _, rest = line.partition(b"-")
+                if int(low, 16) < end and int(rest[: rest.index(b" ")], 16) > start:
+                    kept.append(os.fsdecode(line))
+        return regions.parse_maps("".join(kept)), count
+    except (OSError, MemoryError) as error:
+        raise AllocationError(
+            f"this task's regions can not be read: {error}",
+            errno=getattr(error, "errno", None) or errno.ENOMEM,
+        ) from error
+
+
 def check_writable(start: int, size: int, doing: str) -> None:
-    for region in regions.regions_in(Task.current(), start, size):
+    """Raise if a region of the range is not writable; a hole is left for mlock to find."""
+    for region in own_regions(start, start + size)[0]:
         if not region.writable:
             raise WiringError(
                 f"cannot {doing} for writing: the region {region.start:#x}-{region.end:#x} "
@@ -84,7 +113,10 @@ def explain(error: OSError, doing: str, tried: list[Run]) -> MemdescError:
     if error.errno == errno.EPERM:
         reason, cause = WiringReason.NOT_PRIVILEGED, _without_privilege()
     elif error.errno == errno.ENOMEM:
-        reason, cause = _look(tried)
+        try:
+            reason, cause = _look(tried)
+        except (OSError, MemoryError) as blind:  # neither memory nor descriptors are left
+            reason, cause = WiringReason.NO_MEMORY, f"why can not be found out ({blind})"
     else:
         reason, cause = WiringReason.NO_MEMORY, "the pages could not be had; free memory"
     return WiringError(f"{told}: {cause}", reason=reason, errno=error.errno)
@@ -97,13 +129,13 @@ def _without_privilege() -> str:
 
 def _look(tried: list[Run]) -> tuple[WiringReason, str]:
     """Find why mlock answered ENOMEM to the last of `tried`."""
-    task = Task.current()
     start, end = tried[-1]
-    limited = _limit_passed(task, sum(high - low for low, high in tried))
-    if limited and not _may_lock_any(task):
+    with open("/proc/self/status") as file:
+        status = file.read()
+    limited = _limit_passed(status, sum(high - low for low, high in tried))
+    if limited and not _may_lock_any(status):
         return WiringReason.LIMIT, limited
-    every = regions.regions(task)
-    mapped = [region for region in every if region.start < end and region.end > start]
+    mapped, count = own_regions(start, end)
     holes = regions.find_holes(mapped, start, end - start)
     if holes:
         at, length = holes[0]
@@ -117,9 +149,9 @@ def _look(tried: list[Run]) -> tuple[WiringReason, str]:
                 "mprotect it first"
             )
     most = int(Path("/proc/sys/vm/max_map_count").read_text())
-    if len(every) + 2 >= most:
+    if count + 2 >= most:
         return WiringReason.TOO_MANY_MAPPINGS, (
-            f"the task has {len(every):,} regions, vm.max_map_count is {most:,}, and wiring a "
+            f"the task has {count:,} regions, vm.max_map_count is {most:,}, and wiring a "
             "part of a region splits it; raise vm.max_map_count or unmap"
         )
     if limited:
@@ -144,10 +176,10 @@ def _look_at_pages(mapped: list[regions.Region], start: int, end: int) -> tuple[
     )
 
 
-def _limit_passed(task: Task, needed: int) -> str:
+def _limit_passed(status: str, needed: int) -> str:
     """Tell by which numbers `needed` bytes more pass RLIMIT_MEMLOCK; empty if they do not."""
     limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    locked = regions.task_status(task).locked
+    locked = regions.parse_status(status).locked
     if limit == resource.RLIM_INFINITY or locked + needed <= limit:
         return ""
     return (
@@ -156,11 +188,9 @@ def _limit_passed(task: Task, needed: int) -> str:
     )
 
 
-def _may_lock_any(task: Task) -> bool:
-    for line in task.read_proc("status", "read its capabilities").splitlines():
-        if line.startswith(b"CapEff:"):
-            return bool(int(line.split()[1], 16) >> _CAP_IPC_LOCK & 1)
-    return False
+def _may_lock_any(status: str) -> bool:
+    shown = next(line for line in status.splitlines() if line.startswith("CapEff:"))
+    return bool(int(shown.split()[1], 16) >> _CAP_IPC_LOCK & 1)
 
 
 def _huge_bytes(runs: list[Run]) -> int:

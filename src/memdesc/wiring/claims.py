@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import NoReturn, final
 
 from memdesc import _core
-from memdesc.errors import InvalidArgument, MemdescError
+from memdesc.errors import AllocationError, InvalidArgument, MemdescError
 from memdesc.vm import regions
 from memdesc.vm.pages import check_integer, page_span
-from memdesc.vm.task import Task
 from memdesc.wiring import causes
 from memdesc.wiring.counts import Counts, Run
 
@@ -262,6 +261,10 @@ def wire(address: int, length: int, *, keep: object = None, for_writing: bool = 
         Nothing of this call stays wired; `reason` is one of: `LIMIT` (ENOMEM),
         `NOT_PRIVILEGED` (EPERM: the limit is 0), `NOT_MAPPED` (ENOMEM), `PROTECTION` (ENOMEM,
         or EACCES for writing), `TOO_MANY_MAPPINGS` (ENOMEM), `NO_MEMORY` (ENOMEM, EAGAIN).
+    AllocationError
+        `for_writing`, and no file descriptor is left to look at the regions with (EMFILE).
+    UnsupportedError
+        A filter hides mlock from this process (ENOSYS).
     MemdescError
         Called by a signal handler or finalizer that interrupted wiring in its thread (EDEADLK).
 
@@ -337,8 +340,8 @@ def _unlock(run: Run) -> int:
     except OSError:
         refused = 0
     try:
-        mapped = regions.regions_in(Task.current(), start, end - start)
-    except MemdescError:  # no file descriptor left to look with
+        mapped, _ = causes.own_regions(start, end)
+    except AllocationError:  # no descriptor or memory left to look with
         return end - start
     for region in mapped:
         left, right = max(region.start, start), min(region.end, end)

@@ -1,0 +1,120 @@
+"""Runs a function in a forked child of the test: with less rights, or to see what it inherits."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import resource
+import select
+import signal
+import traceback
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+NOBODY = 65534
+
+
+class ChildFailed(AssertionError):
+    """The child raised; the message is its traceback."""
+
+
+def in_child(
+    function: Callable[..., Any],
+    *arguments: Any,
+    before: Callable[[], None] | None = None,
+    timeout: float = 60,
+) -> Any:
+    """Give what `function` returns in a forked child; a failure or skip there is one here."""
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        # CPython 3.12 warns where threads are about (the watchdog of the tests is one).
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if pid == 0:
+        _run(function, arguments, before, writer)
+    os.close(writer)
+    try:
+        answer = _receive(reader, timeout)
+    finally:
+        os.close(reader)
+        if not answer_given(pid):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    if not answer:
+        raise ChildFailed(f"the child {pid} ended without an answer, or gave none in {timeout} s")
+    outcome, value = pickle.loads(answer)
+    if outcome == "skip":
+        pytest.skip(value)
+    if outcome == "failure":
+        raise ChildFailed(value)
+    return value
+
+
+def answer_given(pid: int) -> bool:
+    """Wait for a child that has closed its pipe; False if it lives on."""
+    deadline = 200
+    while deadline:
+        if os.waitpid(pid, os.WNOHANG)[0]:
+            return True
+        select.select([], [], [], 0.01)
+        deadline -= 1
+    return False
+
+
+def _run(
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    before: Callable[[], None] | None,
+    writer: int,
+) -> None:
+    outcome: tuple[str, Any]
+    try:
+        if before is not None:
+            before()
+        outcome = "value", function(*arguments)
+    except pytest.skip.Exception as skipped:
+        outcome = "skip", str(skipped)
+    except BaseException:  # noqa: BLE001 (it goes to the parent, whole)
+        outcome = "failure", traceback.format_exc()
+    try:
+        with open(writer, "wb") as pipe:
+            pickle.dump(outcome, pipe)
+    finally:
+        os._exit(0)
+
+
+def _receive(reader: int, timeout: float) -> bytes:
+    received = bytearray()
+    while select.select([reader], [], [], timeout)[0]:
+        part = os.read(reader, 1 << 16)
+        if not part:
+            break
+        received += part
+    return bytes(received)
+
+
+def capability(bit: int) -> bool:
+    """Whether this process holds a capability, by its number in linux/capability.h."""
+    with open("/proc/self/status") as status:
+        line = next(line for line in status if line.startswith("CapEff:"))
+    return bool(int(line.split()[1], 16) >> bit & 1)
+
+
+def become(uid: int) -> None:
+    """Be another user from here on, or skip."""
+    try:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+    except PermissionError as error:
+        pytest.skip(f"this user can not become another one: {error}")
+
+
+def limit_locking(nbytes: int) -> None:
+    """Be held to `nbytes` of RLIMIT_MEMLOCK: without CAP_IPC_LOCK, which lifts it."""
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (nbytes, nbytes))
+    if capability(14):
+        become(NOBODY)

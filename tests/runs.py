@@ -22,7 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 NOBODY = 65534
 MEMLOCK = 8 << 20
 
-USER = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+# `env` starts the program once the capabilities are gone: setpriv itself still has them, and
+# could start an interpreter that the user can not read.
+USER = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "env"]
 CONTAINER = [
     "setpriv",
     "--bounding-set=-sys_admin,-sys_ptrace,-ipc_lock,-checkpoint_restore",

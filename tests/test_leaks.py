@@ -58,7 +58,9 @@ def _leave_thread() -> Undo:
 
 
 def _leave_child() -> Undo:
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    child = subprocess.Popen(
+        [sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE
+    )
 
     def undo() -> None:
         child.communicate()
@@ -77,10 +79,15 @@ def _leave_zombie() -> Undo:
 def _leave_shm() -> Undo:
     path = Path("/dev/shm") / f"memdesc-left-{secrets.token_hex(8)}"
     try:
-        path.touch()
+        file = path.open("x")  # held open: the guards of tests that run beside see whose it is
     except OSError as error:
         pytest.skip(f"/dev/shm can not be written here ({error.strerror})")
-    return path.unlink
+
+    def undo() -> None:
+        path.unlink()
+        file.close()
+
+    return undo
 
 
 def _leave_socket() -> Undo:
@@ -113,7 +120,7 @@ def test_each_kind_is_named_and_is_gone_when_undone(leave: Callable[[], Undo]) -
             if undo is not None:
                 undo()
     kinds = {leak.kind for leak in caught.value.leaks}
-    # A child that waits for its standard input leaves the pipe's descriptor too.
+    # A child that waits for its standard input leaves the pipe's descriptor too, and so on.
     assert kinds - {LeakKind.FD} == {LEAVERS[leave]} - {LeakKind.FD}
     assert LEAVERS[leave] in kinds
     assert all(leak.what in str(caught.value) for leak in caught.value.leaks)
@@ -203,8 +210,9 @@ def test_a_name_in_dev_shm_that_another_living_process_uses_is_its_own() -> None
         shell.stdin.write(b"\n")
         shell.stdin.close()
         assert shell.stdout.read() == b""  # the other one has ended
-        afterwards = find_leaks(before, Resources.now())
-        path.unlink()
+        with path.open():  # now it is ours
+            afterwards = find_leaks(before, Resources.now())
+            path.unlink()
     assert [leak.what for leak in during if leak.kind is LeakKind.SHM] == []
     assert [leak.what for leak in afterwards if leak.kind is LeakKind.SHM] == [str(path)]
 

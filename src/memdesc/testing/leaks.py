@@ -80,7 +80,7 @@ class Resources:
     threads, children : mapping of int to str
         By ident and by pid; children that ended and were not waited for included.
     shm, sockets : frozenset of str
-        Names in /dev/shm, and in `$MEMDESC_RUNTIME_DIR` where that is set.
+        Names of this user in /dev/shm; sockets in `$MEMDESC_RUNTIME_DIR` where that is set.
     """
 
     fds: Mapping[int, str]
@@ -100,7 +100,7 @@ class Resources:
             locked=_read_locked(),
             threads={thread.ident: thread.name for thread in threading.enumerate() if thread.ident},
             children=_read_children(),
-            shm=frozenset(entry.name for entry in _entries(_SHM)),
+            shm=_read_shm(),
             sockets=_read_sockets(),
         )
 
@@ -153,6 +153,15 @@ def _read_children() -> dict[int, str]:
             if int(parent) == own:
                 children[int(name)] = f"{head.partition('(')[2]}, state {state}"
     return children
+
+
+def _read_shm() -> frozenset[str]:
+    found = set()
+    for path in _entries(_SHM):
+        with suppress(FileNotFoundError):
+            if path.lstat().st_uid == os.geteuid():
+                found.add(path.name)
+    return frozenset(found)
 
 
 def _read_sockets() -> frozenset[str]:

@@ -12,6 +12,7 @@ SOURCES := $(CORE) $(shell find src -name '*.py' -o -name '*.pyi')
 # A folder changes when a file comes, goes or moves: the editable install must then be told.
 FOLDERS := $(shell find src -type d -not -name __pycache__)
 HEADERS := $(wildcard src/memdesc/_core/*.h)
+BENCHMARKS := $(filter-out %/common.py,$(wildcard benchmarks/*.py))
 PIP_INSTALL := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install \
 	-qq --disable-pip-version-check --constraint constraints.txt
 EDITABLE := --no-build-isolation --config-settings build-dir=build/editable --editable
@@ -63,7 +64,7 @@ storm: .venv/test.stamp
 	@MEMDESC_STORM=long $(BIN)/pytest --timeout 3600 tests/storm $(ARGS)
 
 bench: .venv/test.stamp
-	@for file in benchmarks/bench_*.py; do $(BIN)/python $$file $(ARGS) || exit; done
+	@for file in $(BENCHMARKS); do $(BIN)/python $$file $(ARGS) || exit; done
 
 docs: .venv/docs.stamp
 	@$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html

@@ -7,6 +7,7 @@ and `_wire`. The base never looks which kind it is; only the named constructors 
 from __future__ import annotations
 
 import errno
+import os
 import threading
 import weakref
 from abc import ABC, abstractmethod
@@ -215,19 +216,9 @@ class MemoryDescriptor(_core.Exporter, ABC):
         at_address: int | None = None,
     ) -> LocalMemoryMap:
         """Map into this task: the short form of `create_mapping_in_task`."""
-        mapping = self.create_mapping_in_task(
-            Task.current(),
-            offset=offset,
-            length=length,
-            access=access,
-            prefault=prefault,
-            guard_pages=guard_pages,
-            unique=unique,
-            at_address=at_address,
-        )
-        if not isinstance(mapping, LocalMemoryMap):
-            raise TypeError("a mapping in the own task is local")
-        return mapping
+        self._check_open()
+        placement = Placement(at_address, guard_pages, prefault)
+        return self._map_into_this_task(offset, length, access, placement, unique, False)
 
     def create_mapping_in_task(
         self,
@@ -263,8 +254,8 @@ class MemoryDescriptor(_core.Exporter, ABC):
         guard_pages : int
             Pages without access on each side.
         unique : bool
-            Always new addresses. By default a mapping that exists in the task and covers the
-            range with the same access and guards lends its addresses.
+            Always new addresses. By default a mapping in this task that covers the range with the
+            same access and guards lends its addresses; in another task they are always new.
         reference : bool
             Only such a lending: NO_SUCH_MAPPING where there is none.
         at_address : int, optional
@@ -289,46 +280,63 @@ class MemoryDescriptor(_core.Exporter, ABC):
         """
         self._check_open()
         placement = Placement(at_address, guard_pages, prefault)
-        offset, length = self._check_map_range(offset, length)
-        access = self._check_map_access(access)
         if not task.alive:
             raise MappingError(
                 f"task {task.pid} has ended: nothing can be mapped into it",
                 reason=MappingReason.TASK_GONE,
                 errno=errno.ESRCH,
             )
-        with self._lock:
-            lent = None if unique else self._lend(task, offset, length, access, placement)
-            if lent is not None:
-                mapping: MemoryMap | None = lent
-            elif reference:
-                raise MappingError(
-                    f"no mapping of this range of {self.name!r} exists in task {task.pid}: leave "
-                    "out reference=True to make one",
-                    reason=MappingReason.NO_SUCH_MAPPING,
-                    errno=errno.ENOENT,
-                )
-            elif task.is_current:
-                window = self._map_here(offset, length, access, placement)
-                mapping = LocalMemoryMap(
-                    window, offset=offset, access=access, guard_pages=guard_pages, owner=self
-                )
-            else:
-                mapping = None
-        if mapping is None:
-            # Outside the lock: waits for another task.
-            carrier = carrier_to(task, connection)
-            mapping = carrier.map_in_peer(
-                self._extents(offset, length, access),
-                access=access,
-                enforced=enforced,
-                placement=placement,
-                offset=offset,
-                owner=self,
-                timeout=timeout,
-            )
+        if task.is_current:
+            return self._map_into_this_task(offset, length, access, placement, unique, reference)
+        offset, length = self._check_map_range(offset, length)
+        access = self._check_map_access(access)
+        if reference:
+            raise self._nothing_to_refer_to(task.pid)
+        mapping = carrier_to(task, connection).map_in_peer(
+            self._extents(offset, length, access),
+            access=access,
+            enforced=enforced,
+            placement=placement,
+            offset=offset,
+            owner=self,
+            timeout=timeout,
+        )
         self._mappings.add(mapping)
         return mapping
+
+    def _map_into_this_task(
+        self,
+        offset: int,
+        length: int | None,
+        access: Access | None,
+        placement: Placement,
+        unique: bool,
+        reference: bool,
+    ) -> LocalMemoryMap:
+        offset, length = self._check_map_range(offset, length)
+        access = self._check_map_access(access)
+        with self._lock:
+            mapping = None if unique else self._lend(offset, length, access, placement)
+            if mapping is None:
+                if reference:
+                    raise self._nothing_to_refer_to(os.getpid())
+                mapping = LocalMemoryMap(
+                    self._map_here(offset, length, access, placement),
+                    offset=offset,
+                    access=access,
+                    guard_pages=placement.guard_pages,
+                    owner=self,
+                )
+            self._mappings.add(mapping)
+        return mapping
+
+    def _nothing_to_refer_to(self, pid: int) -> MappingError:
+        return MappingError(
+            f"no mapping of this range of {self.name!r} in task {pid} could be lent: leave out "
+            "reference=True to make one",
+            reason=MappingReason.NO_SUCH_MAPPING,
+            errno=errno.ENOENT,
+        )
 
     def _check_map_range(self, offset: int, length: int | None) -> tuple[int, int]:
         try:
@@ -362,10 +370,10 @@ class MemoryDescriptor(_core.Exporter, ABC):
         return access
 
     def _lend(
-        self, task: Task, offset: int, length: int, access: Access, placement: Placement
+        self, offset: int, length: int, access: Access, placement: Placement
     ) -> LocalMemoryMap | None:
         """A mapping on the addresses of one that exists in this task and covers the range."""
-        if not task.is_current or placement.prefault:
+        if placement.prefault:
             return None
         for known in list(self._mappings):
             if not isinstance(known, LocalMemoryMap) or known.guard_pages != placement.guard_pages:
@@ -490,10 +498,8 @@ class MemoryDescriptor(_core.Exporter, ABC):
         """Describe memory that lies in a task; see `AddressRangeDescriptor`."""
         from memdesc.descriptors.address_range import AddressRangeDescriptor as Kind
 
-        several = allow_several_objects
-        return Kind(
-            address, length, direction, task, allow_several_objects=several, trust_size=trust_size
-        )
+        rules = {"allow_several_objects": allow_several_objects, "trust_size": trust_size}
+        return Kind(address, length, direction, task, **rules)
 
     @staticmethod
     def with_buffer(buffer: Buffer, direction: Direction) -> MemoryDescriptor:

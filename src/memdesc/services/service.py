@@ -88,11 +88,10 @@ class Service:
 
     Examples
     --------
-    >>> import tempfile, memdesc as md
-    >>> folder = tempfile.TemporaryDirectory()
-    >>> with md.Service(folder.name + "/camera") as camera:
+    >>> import memdesc as md
+    >>> with md.Service("camera") as camera:
     ...     camera.share("frames", md.BufferMemoryDescriptor(100))
-    ...     with md.connect(folder.name + "/camera") as client:
+    ...     with md.connect("camera") as client:
     ...         len(client.map("frames"))
     100
     """

@@ -202,11 +202,15 @@ def _child(prelude: str = "") -> Iterator[tuple[Task, int]]:
         raise _Lacking("this program does not know a Python to start a child with")
     command = [sys.executable, "-I", "-S", "-c", prelude + _CHILD]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as child:
+    try:
+        started = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+    except OSError as error:
+        raise _Lacking(f"a child to try it on can not be started: {error}") from error
+    with started as child:
         try:
             told = child.stdout.readline() if child.stdout else b""
             if not told:
-                raise _Lacking("a child process could not be started to try it on")
+                raise _Lacking("the child to try it on ended at once")
             with Task(child.pid) as task:
                 yield task, int(told) + bytes.__basicsize__ - 1  # where CPython keeps the bytes
         finally:

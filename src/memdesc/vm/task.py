@@ -143,40 +143,16 @@ class Task:
         NotPrivilegedError
             Its process has no pid in this process's pid namespace (EPERM).
         """
+        shown = _pid_of_pidfd(pidfd)
         task = cls.__new__(cls)
-        task._pidfd = pidfd  # closed with the task from here on
-        task._hold(pidfd, task._pid_of_pidfd(), None)
-        return task
-
-    def _pid_of_pidfd(self) -> int:
-        doing = f"make a task of file descriptor {self._pidfd}"
+        task._pidfd = pidfd  # the task's own from here on
         try:
-            with open(f"/proc/self/fdinfo/{self._pidfd}", "rb") as file:
-                text = file.read()
-        except FileNotFoundError as error:
-            self._pidfd = -1
-            raise InvalidArgument(f"cannot {doing}: it is not open", errno=errno.EBADF) from error
-        except OSError as error:
-            raise _call_failed(doing, error) from error
-        for line in text.splitlines():
-            if line.startswith(b"Pid:"):
-                return self._check_pid(int(line[4:]), doing)
-        raise InvalidArgument(
-            f"cannot {doing}: it is not a pidfd; open one with os.pidfd_open", errno=errno.EBADF
-        )
-
-    @staticmethod
-    def _check_pid(pid: int, doing: str) -> int:
-        # fdinfo shows -1 for a process that was waited for, 0 for one of a foreign namespace.
-        if pid < 0:
-            raise TaskGoneError(f"cannot {doing}: its process has ended", errno=errno.ESRCH)
-        if pid == 0:
-            raise NotPrivilegedError(
-                f"cannot {doing}: its process has no pid in this process's pid namespace; run "
-                "both in one pid namespace",
-                errno=errno.EPERM,
-            )
-        return pid
+            pid = _check_pid(shown, f"make a task of pidfd {pidfd}")
+        except BaseException:
+            task.close()
+            raise
+        task._hold(pidfd, pid, None)
+        return task
 
     @classmethod
     def from_socket(cls, sock: sockets.socket) -> Task:

@@ -28,8 +28,6 @@ class MemoryMap(ABC):
 
     Attributes
     ----------
-    task : Task
-        Whose address space it is in.
     address : int
         Of the first byte, in that task; keeps the offset inside its page. Not to be
         dereferenced in another task.
@@ -40,11 +38,15 @@ class MemoryMap(ABC):
         Of the first byte, in the descriptor.
     """
 
-    task: Task
     address: int
     length: int
     access: Access
     offset: int
+
+    @property
+    @abstractmethod
+    def task(self) -> Task:
+        """Whose address space it is in."""
 
     @property
     @abstractmethod
@@ -100,7 +102,6 @@ class LocalMemoryMap(MemoryMap, _core.Exporter):
         layout: tuple[tuple[int, ...], str] | None = None,
         ended: Callable[[], None] | None = None,
     ) -> None:
-        self.task = Task.current()
         self.address = _core.buffer_address(window)[0]
         self.length = len(window)
         self.access = access
@@ -112,6 +113,11 @@ class LocalMemoryMap(MemoryMap, _core.Exporter):
         self._ended = ended
         self._wires: list[Wire] = []
         self._lock = threading.Lock()
+
+    @property
+    def task(self) -> Task:
+        """This task."""
+        return Task.current()
 
     @property
     def is_mapped(self) -> bool:
@@ -243,7 +249,6 @@ class RemoteMemoryMap(MemoryMap):
         verified: bool | None,
         owner: object,
     ) -> None:
-        self.task = carrier.task
         self.address = address
         self.length = length
         self.access = access
@@ -252,6 +257,11 @@ class RemoteMemoryMap(MemoryMap):
         self._carrier = carrier
         self._token: int | None = token
         self._owner = owner
+
+    @property
+    def task(self) -> Task:
+        """Whose address space it is in."""
+        return self._carrier.task
 
     @property
     def is_mapped(self) -> bool:

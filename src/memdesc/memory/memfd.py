@@ -203,6 +203,7 @@ class ForeignObject:
             huge = self._seals >= 0 and _is_huge(status)
             self.page_size = huge_page_size() if huge else page_size
             mode = fcntl.fcntl(fd, fcntl.F_GETFL)
+            self._writable = mode & os.O_ACCMODE == os.O_RDWR
             self.max_access = self._most(mode, max_access)
             if not trust_size:
                 self._check_size_is_sealed(huge)
@@ -259,17 +260,19 @@ class ForeignObject:
         return self._fd
 
     def open(self, access: Access) -> int:
-        """Re-open, or duplicate where the file may not be opened again by this user (EACCES)."""
+        """Duplicate what we were given; re-open only to give less than it allows."""
         if access.writable and self.max_access is Access.READ_ONLY:
             raise MappingError(
                 "the memory was given read-only: ask its owner for max_access=READ_WRITE",
                 reason=MappingReason.ACCESS,
                 errno=errno.EACCES,
             )
+        if access.writable is self._writable:
+            return os.dup(self.fileno())
         try:
             return reopen(self.fileno(), access)
         except PermissionError:
-            return os.dup(self.fileno())  # another user's memfd, mode 0600: same rights as ours
+            return os.dup(self.fileno())  # another user's memfd, mode 0600
 
     def grant(self, access: Access, *, enforced: bool = True, user: int) -> int:
         """Pass it on with at most the rights that we have."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from enum import Enum
 from pathlib import Path
 
@@ -27,8 +28,9 @@ class PageKind(Enum):
         return page_size if self is PageKind.BASE else huge_page_size()
 
 
+@functools.cache
 def huge_page_size() -> int:
-    """Bytes in a huge page of the default size (0 where the kernel has none)."""
+    """Bytes in a huge page of the default size (0 where the kernel has none); fixed at boot."""
     return meminfo().get("Hugepagesize", 0)
 
 

@@ -1,10 +1,15 @@
-"""What starts programs for the tests of tasks."""
+"""What the tests of tasks look at: programs, and mappings of this process."""
 
 from __future__ import annotations
 
+import mmap
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+from memdesc import _core
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -21,3 +26,31 @@ def start_program(code: str = "", *arguments: str) -> subprocess.Popen[str]:
         child.communicate()
         raise AssertionError("the program did not get ready")
     return child
+
+
+@contextmanager
+def mapped(
+    length: int, flags: int, fd: int = -1, prot: int = mmap.PROT_READ | mmap.PROT_WRITE
+) -> Iterator[int]:
+    """Give the address of a mapping of this process."""
+    memory = _core.map_memory(0, length, prot, flags, fd, 0)
+    try:
+        yield memory.address
+    finally:
+        del memory
+
+
+@contextmanager
+def memfd(length: int, flags: int = 0, name: str = "test") -> Iterator[int]:
+    """Give a memfd of that length."""
+    fd = os.memfd_create(name, flags | os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, length)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def huge_memfd(length: int) -> AbstractContextManager[int]:
+    """Give a memfd of huge pages."""
+    return memfd(length, os.MFD_HUGETLB, "huge")

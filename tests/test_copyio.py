@@ -393,7 +393,9 @@ def test_buffers_of_other_shapes() -> None:
 
 
 @pytest.mark.parametrize(
-    "buffer", [b"read-only", memoryview(bytearray(8))[::2], "text", 8, None], ids=repr
+    "buffer",
+    [b"read-only", memoryview(bytearray(8))[::2], "text", 8, None],
+    ids=lambda value: type(value).__name__,
 )
 def test_what_is_no_buffer_to_copy_into(buffer: Any) -> None:
     source = OwnTask()

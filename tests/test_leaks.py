@@ -250,6 +250,35 @@ def test_the_resource_sharer_lasts_by_design_and_its_cache_does_not() -> None:
     multiprocessing.resource_sharer.stop(timeout=30)
 
 
+# In a process of its own, where the thread is not there before.
+CONNECTED = """
+import sys, threading
+import memdesc as md
+from memdesc.testing import LeakError, leak_guard
+
+with leak_guard():
+    with md.Service("first") as service, md.connect("first") as client:
+        service.share("frames", md.BufferMemoryDescriptor(100))
+        assert len(client.map("frames")) == 100
+    del client, service
+assert "memdesc-io" in [thread.name for thread in threading.enumerate()]
+try:
+    with leak_guard(settle=0):
+        left = md.Service("second")
+except LeakError as error:
+    print(sorted({leak.kind.value for leak in error.leaks}))
+left.close()
+"""
+
+
+@pytest.mark.slow
+def test_the_io_thread_lasts_by_design_and_services_do_not(runtime_dir: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", CONNECTED], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (result.stdout, result.stderr) == ("['fd', 'socket']\n", "")
+
+
 def test_the_fixture_guards_every_test(pytester: pytest.Pytester) -> None:
     pytester.makeconftest(Path(__file__).with_name("conftest.py").read_text())
     pytester.makepyfile(

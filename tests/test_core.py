@@ -152,7 +152,7 @@ FAILURES: list[tuple[str, str, int, Callable[[], object]]] = [
     ("madvise", "madvise", errno.ENOMEM, lambda: _core.madvise(UNMAPPED, page_size, 3)),
     ("mlock", "mlock", errno.ENOMEM, lambda: _core.mlock(UNMAPPED, page_size)),
     ("munlock", "munlock", errno.ENOMEM, lambda: _core.munlock(UNMAPPED, page_size)),
-    ("mincore", "mincore", errno.ENOMEM, lambda: _core.mincore(UNMAPPED, page_size, page_size)),
+    ("mincore", "mincore", errno.ENOMEM, lambda: _core.mincore(UNMAPPED, page_size)),
     (
         "process_vm_readv",
         "process_vm_readv",

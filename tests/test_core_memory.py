@@ -99,7 +99,7 @@ def test_nothing_is_placed_outside_the_reserved_range(at: int, length: int) -> N
 def test_mincore_tells_the_pages_that_are_resident() -> None:
     memory = shared(4 * page_size)
     memoryview(_core.Window(memory, 0, 4 * page_size, True))[2 * page_size] = 1
-    resident = _core.mincore(memory.address, 3 * page_size + 1, page_size)
+    resident = _core.mincore(memory.address, 3 * page_size + 1)
     assert [page & 1 for page in resident] == [0, 0, 1, 0]
 
 

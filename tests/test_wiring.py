@@ -104,7 +104,7 @@ def test_all_pages_that_the_range_touches_are_locked() -> None:
         assert locked() == 2
         assert wired_bytes() == 2 * page_size
         assert [wire_count(at(memory, page)) for page in range(4)] == [1, 1, 0, 0]
-        resident = _core.mincore(at(memory), 4 * page_size, page_size)
+        resident = _core.mincore(at(memory), 4 * page_size)
         assert [byte & 1 for byte in resident] == [1, 1, 0, 0]
     assert claim.released
 
@@ -415,7 +415,7 @@ def test_more_than_the_machine_has_is_refused_before_a_page_is_touched() -> None
         pytest.skip(f"this machine does not overcommit: {error}")
     error = fails(memory, 0, memory.length // page_size - 2)
     assert (error.reason, error.errno) == (WiringReason.NO_MEMORY, errno.ENOMEM)
-    assert not any(_core.mincore(at(memory), 64 * page_size, page_size))
+    assert not any(_core.mincore(at(memory), 64 * page_size))
 
 
 def over_the_limit() -> tuple[WiringReason, int | None, str]:

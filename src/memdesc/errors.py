@@ -7,7 +7,6 @@ Exceptions survive pickling with all their fields. This module knows no other ro
 
 from __future__ import annotations
 
-import os
 from enum import Enum
 from typing import Any
 
@@ -79,8 +78,8 @@ def describe_errno(error: OSError) -> str:
     """Give the kernel's answer as it stands in our messages: the call and the errno's name."""
     import errno as names
 
-    call = (error.strerror or "").partition(":")[0]
-    if call == os.strerror(error.errno or 0):
+    call, colon, _ = (error.strerror or "").partition(": ")
+    if not colon:
         call = "the kernel"
     name = names.errorcode.get(error.errno or 0, str(error.errno))
     return f"{call} answered {name}"

@@ -7,6 +7,7 @@ kernel's and whose text begins with the call's name. What can take long runs wit
 GIL. The typed list of what is here is `_native.pyi`; a test holds this file to it.
 """
 
+cimport cython
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_SIMPLE, PyBUF_STRIDES, PyBUF_WRITABLE
 from cpython.buffer cimport PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AsString, PyBytes_FromStringAndSize
@@ -22,6 +23,7 @@ cdef extern from "syscalls.h" nogil:
     long md_munlock(uintptr_t, size_t)
     long md_mincore(uintptr_t, size_t, unsigned char *)
     long md_duplicate(uintptr_t, size_t)
+    long md_page_size()
     long md_process_vm_readv(int, void *, size_t, uintptr_t)
     long md_process_vm_writev(int, void *, size_t, uintptr_t)
     long md_pidfd_getfd(int, int)
@@ -68,6 +70,7 @@ cdef long _check(long rc, str call) except -1:
     return rc
 
 
+@cython.final
 cdef class MappedMemory:
     """One range of this task's addresses, unmapped when the last holder lets go of it.
 
@@ -131,6 +134,7 @@ def duplicate_memory(size_t address, size_t length):
 cdef char *BYTES = "B"  # unsigned bytes, in the notation of the struct module
 
 
+@cython.final
 cdef class Window:
     """The bytes of some mapped memory that Python may see: the one exporter of buffers.
 
@@ -234,8 +238,9 @@ def munlock(size_t address, size_t length):
     _check(rc, "munlock")
 
 
-def mincore(size_t address, size_t length, size_t page_size):
+def mincore(size_t address, size_t length):
     cdef long rc
+    cdef size_t page_size = <size_t>md_page_size()  # the kernel's, as it writes one byte a page
     cdef bytes pages = PyBytes_FromStringAndSize(NULL, (length + page_size - 1) // page_size)
     cdef unsigned char *at = <unsigned char *>PyBytes_AsString(pages)
     with nogil:

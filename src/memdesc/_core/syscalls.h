@@ -63,6 +63,8 @@ static inline long md_munlock(uintptr_t address, size_t length) {
     return md_rc(munlock((void *)address, length));
 }
 
+static inline long md_page_size(void) { return sysconf(_SC_PAGESIZE); }
+
 static inline long md_mincore(uintptr_t address, size_t length, unsigned char *pages) {
     return md_rc(mincore((void *)address, length, pages));
 }

@@ -260,7 +260,7 @@ class AddressRangeDescriptor(MemoryDescriptor):
         """Count pages by the task's pagemap (own task: mincore)."""
         if self.task.is_current:
             start, span = page_span(self.address, self._length)
-            resident = sum(flag & 1 for flag in _core.mincore(start, span, page_size))
+            resident = sum(flag & 1 for flag in _core.mincore(start, span))
             return PageCounts(span // page_size, resident)
         return super().page_counts()
 

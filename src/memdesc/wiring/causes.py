@@ -53,7 +53,7 @@ def _missing(run: Run) -> int:
     pages = 0
     for at in range(start, end, _MINCORE_STEP):
         try:
-            resident = _core.mincore(at, min(_MINCORE_STEP, end - at), page_size)
+            resident = _core.mincore(at, min(_MINCORE_STEP, end - at))
         except OSError:
             break
         pages += resident.count(0)

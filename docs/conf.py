@@ -1,0 +1,26 @@
+"""Sphinx configuration. `make docs` builds with warnings as errors."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+project = "memdesc"
+author = "the memdesc authors"
+copyright = "the memdesc authors"
+_project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+release = version = _project["project"]["version"]
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+myst_enable_extensions = ["deflist", "colon_fence"]
+myst_heading_anchors = 3
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"memdesc {release}"
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_default_options = {"members": True, "show-inheritance": True}
+napoleon_numpy_docstring = True
+napoleon_google_docstring = False
+napoleon_use_ivar = True

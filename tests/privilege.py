@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 
+import msgspec
 import pytest
 from runs import CONTAINER, MEMLOCK, USER, interpreters, version_of, why_not
 
@@ -50,7 +51,7 @@ def own_privilege() -> Privilege | None:
 def run_as(
     privilege: Privilege, code: str, *arguments: str, timeout: float = 60
 ) -> subprocess.CompletedProcess[str]:
-    """Run Python code that may import memdesc (not NumPy) under a class, or skip.
+    """Run Python code that may import memdesc and msgspec (not NumPy) under a class, or skip.
 
     The two lesser classes have at most 8 MiB of RLIMIT_MEMLOCK when started from root.
     """
@@ -90,22 +91,27 @@ def _run(
 
 
 def _python_for(prefix: list[str]) -> str:
-    """Give an interpreter that may be run that way: a virtual environment may lie in a home."""
+    """Give an interpreter that may be run that way: a virtual environment may lie in a home.
+
+    One of this version, as msgspec's compiled part goes with no other.
+    """
+    own = "{}.{}".format(*sys.version_info)
     for path in [Path(sys.executable), *interpreters()]:
-        if version_of(path, prefix):
+        if version_of(path, prefix) == own:
             return str(path)
-    pytest.skip("no CPython >= 3.11 here that another user may run")
+    pytest.skip(f"no CPython {own} here that another user may run")
 
 
 @contextmanager
 def _readable_package() -> Iterator[Path]:
-    """Give a folder with a copy of the package that everyone may read."""
+    """Give a folder that everyone may read, with copies of the package and of msgspec."""
     with tempfile.TemporaryDirectory(prefix="memdesc-") as name:
         folder = Path(name)
         folder.chmod(0o755)
         source = Path(memdesc.__file__).parent
         ignored = shutil.ignore_patterns("__pycache__", "*.pyx", "*.h")
         shutil.copytree(source, folder / "memdesc", ignore=ignored)
+        shutil.copytree(Path(msgspec.__file__).parent, folder / "msgspec", ignore=ignored)
         core = Path(_native.__file__)
         shutil.copy(core, folder / "memdesc" / "_core" / core.name)
         for path in folder.rglob("*"):

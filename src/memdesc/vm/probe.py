@@ -296,7 +296,9 @@ _TRIALS = {
         _future_write_seal, "Linux 5.1", "share with max_access=READ_WRITE, or upgrade the kernel"
     ),
     "noexec_seal": _Trial(_noexec_seal, "Linux 6.3", "buffers are made without it"),
-    "populate": _Trial(_populate, "Linux 5.14", "pages are touched one by one instead"),
+    "populate": _Trial(
+        _populate, "Linux 5.14", "none: Linux 5.14 is the oldest that memdesc works on"
+    ),
     "peer_pidfd": _Trial(
         _peer_pidfd, "Linux 6.5", "the peer's pid is opened instead, which may have been recycled"
     ),

@@ -41,7 +41,7 @@ PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 def sees_frames() -> None:
     feature = probe_feature("page_frames")
     if not feature.available:
-        pytest.skip(feature.why)
+        pytest.skip(f"page frames need {feature.needs}, which was denied")
 
 
 def populate(address: int, length: int) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from children import become, in_child
+from children import in_child, limit_locking
 from privilege import Privilege, run_as
 
 from memdesc import _core
@@ -73,6 +73,7 @@ def test_the_table_has_a_row_for_each_feature() -> None:
     assert set(read_tables()["feature"]) == set(FEATURES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("privilege", Privilege)
 def test_the_table_has_a_row_for_each_operation(privilege: Privilege) -> None:
     truth = what_is_true(privilege)
@@ -80,6 +81,7 @@ def test_the_table_has_a_row_for_each_operation(privilege: Privilege) -> None:
     assert set(truth["operations"]) | untried == set(read_tables()["operation"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "privilege", "cell"), cells("feature"))
 def test_each_cell_of_the_features(name: str, privilege: Privilege, cell: str) -> None:
     if cell == "machine":
@@ -98,6 +100,7 @@ def test_each_cell_of_the_features(name: str, privilege: Privilege, cell: str) -
         assert found["limit"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "privilege", "cell"), cells("operation"))
 def test_each_cell_of_the_operations(name: str, privilege: Privilege, cell: str) -> None:
     truth = what_is_true(privilege)
@@ -248,9 +251,7 @@ def test_trying_to_lock_memory_locks_none() -> None:
 
 
 def _limited_to(nbytes: int) -> Feature:
-    become(65534)
-    hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
-    resource.setrlimit(resource.RLIMIT_MEMLOCK, (nbytes, hard))
+    limit_locking(nbytes)
     return probe_feature("lock_memory")
 
 
@@ -309,7 +310,7 @@ def test_a_real_memory_cgroup_with_a_limit() -> None:
     try:
         folder.mkdir()
     except OSError as error:
-        pytest.skip(f"no memory cgroup can be made: {error}")
+        pytest.skip(f"no memory cgroup can be made: {error.strerror}")
     try:
         limits = [folder / name for name, _ in cgroups._FILES.values()]
         limit_file = next(filter(Path.exists, limits), None)

@@ -347,11 +347,11 @@ def test_cgroups_are_found_where_they_are_mounted(
             (tmp_path / folder / name).write_text(text)
     mountinfo = (
         f"30 20 0:26 / {tmp_path}/v2 rw - cgroup2 cgroup2 rw,nsdelegate\n"
-        f"31 20 0:27 /root {tmp_path}/v1 rw,nosuid shared:5 - cgroup cgroup rw,cpu,memory\n"
+        f"31 20 0:27 /docker {tmp_path}/v1 rw,nosuid shared:5 - cgroup cgroup rw,cpu,memory\n"
         f"32 20 0:28 / {tmp_path}/other rw - cgroup cgroup rw,cpu\n"
     )
     texts = {
-        "/proc/self/cgroup": "4:cpu,memory:/root/c\n0::/a/b\n",
+        "/proc/self/cgroup": "4:cpu,memory:/docker/c\n0::/a/b\n",
         "/proc/self/mountinfo": mountinfo,
     }
     read_text = Path.read_text

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pickle
 import resource
 import select
 import signal
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -15,6 +17,9 @@ from typing import Any
 import pytest
 
 NOBODY = 65534
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+_libc = ctypes.CDLL(None)
 
 
 class ChildFailed(AssertionError):
@@ -40,9 +45,7 @@ def in_child(
         answer = _receive(reader, timeout)
     finally:
         os.close(reader)
-        if not answer_given(pid):
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+        _end(pid)
     if not answer:
         raise ChildFailed(f"the child {pid} ended without an answer, or gave none in {timeout} s")
     outcome, value = pickle.loads(answer)
@@ -53,15 +56,14 @@ def in_child(
     return value
 
 
-def answer_given(pid: int) -> bool:
-    """Wait for a child that has closed its pipe; False if it lives on."""
-    deadline = 200
-    while deadline:
+def _end(pid: int) -> None:
+    """Wait for a child that has answered, or kill it: in an endless loop it never does."""
+    for _ in range(200):
         if os.waitpid(pid, os.WNOHANG)[0]:
-            return True
-        select.select([], [], [], 0.01)
-        deadline -= 1
-    return False
+            return
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
 
 
 def _run(
@@ -72,8 +74,10 @@ def _run(
 ) -> None:
     outcome: tuple[str, Any]
     try:
+        die_with_parent()
         if before is not None:
             before()
+            die_with_parent()  # becoming another user undoes it: prctl(2)
         outcome = "value", function(*arguments)
     except pytest.skip.Exception as skipped:
         outcome = "skip", str(skipped)
@@ -84,6 +88,11 @@ def _run(
             pickle.dump(outcome, pipe)
     finally:
         os._exit(0)
+
+
+def die_with_parent() -> None:
+    """Be killed when the thread that forked ends: a test's watchdog may end the parent first."""
+    assert _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL) == 0
 
 
 def _receive(reader: int, timeout: float) -> bytes:

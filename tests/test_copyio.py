@@ -529,6 +529,20 @@ def test_a_task_that_ends_during_the_copy(
             copyout(b"12345678", child.task, child.address)
 
 
+@pytest.mark.parametrize("number", [errno.EFAULT, errno.EPERM])
+def test_what_a_stranger_with_its_pid_answers_is_not_taken_for_the_tasks(
+    child: Program, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def of_a_stranger(pid: int, buffer: Any, at: int) -> int:
+        child.process.kill()
+        assert child.task.wait(30)
+        raise OSError(number, "process_vm_readv: as another process's memory answers")
+
+    monkeypatch.setattr(_core, "process_vm_readv", of_a_stranger)
+    with pytest.raises(TaskGoneError):
+        copyin(child.task, child.address, 8)
+
+
 def test_a_recycled_pid_is_not_mistaken_for_the_task() -> None:
     def start() -> int:
         pid = os.fork()

@@ -438,6 +438,17 @@ def test_the_limit_on_locked_memory() -> None:
     assert "ulimit -l" in message
 
 
+def test_the_limit_met_in_the_second_part_of_a_range() -> None:
+    # 1 page is wired, 8 more lock, 11 more would be 20: the 8 are unlocked by when it is looked.
+    def in_two_parts() -> WiringReason:
+        memory = pages(20)
+        with wire(at(memory, 8), 1, keep=memory):
+            return fails(memory, 0, 20).reason
+
+    found = in_child(in_two_parts, before=lambda: limit_locking(16 * page_size))
+    assert found is WiringReason.LIMIT
+
+
 def test_a_hole_within_the_limit_is_not_taken_for_the_limit() -> None:
     # The prefix that mlock leaves locked must not be counted against the limit.
     def with_hole() -> WiringReason:

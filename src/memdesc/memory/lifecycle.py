@@ -11,6 +11,7 @@ forbids what would replace pages behind somebody's back.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from dataclasses import dataclass
@@ -135,27 +136,35 @@ class Lifecycle:
         Raises
         ------
         SealedError
-            More is asked for than `max_access`, or read-only where only a courtesy could be had.
+            EPERM: more is asked for than the state gives to others, or read-only where only a
+            courtesy could be had.
         """
-        if not access.within(self.max_access):
+        after = self._state
+        if after is State.PRIVATE:
+            after = State.SHARED_WRITE if self.max_access.writable else State.SHARED_READ
+        most = TABLE[after].peers_get
+        if most is None:
             raise SealedError(
-                f"buffer {name!r} can not be given out {access.value}: it was made with "
-                f"max_access={self.max_access.name}, which its seals enforce; make it with "
-                f"max_access=READ_WRITE if others shall write it",
-                errno=1,
+                f"buffer {name!r} is the source of a snapshot made without copying: what it shows "
+                "is this task's private view, which nobody else can be given; copy it into a new "
+                "buffer and share that",
+                errno=errno.EPERM,
             )
-        if access is Access.READ_ONLY and self.max_access is Access.READ_WRITE and enforced:
+        if not access.within(most):
+            raise SealedError(
+                f"buffer {name!r} ({after.value}) can not be given out {access.value}: its seals "
+                f"allow {most.value} at most; make it with max_access=READ_WRITE if others shall "
+                "write it",
+                errno=errno.EPERM,
+            )
+        if most.writable and not access.writable and enforced:
             raise SealedError(
                 f"buffer {name!r} is max_access=READ_WRITE, so a read-only grant of it could be "
                 f"re-opened for writing: make the buffer with max_access=READ_ONLY, or say "
                 f"enforced=False if a courtesy is enough",
-                errno=1,
+                errno=errno.EPERM,
             )
-        if self._state is State.PRIVATE:
-            writable = self.max_access is Access.READ_WRITE
-            after = State.SHARED_WRITE if writable else State.SHARED_READ
-            return after, TABLE[after].seals
-        return self._state, TABLE[self._state].seals
+        return after, TABLE[after].seals
 
     def granted(self, state: State, user: int) -> None:
         """Note that the grant was made to a task of that user."""

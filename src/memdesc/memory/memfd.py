@@ -27,7 +27,7 @@ from memdesc.errors import (
 )
 from memdesc.memory.lifecycle import Lifecycle
 from memdesc.memory.limits import check_available
-from memdesc.memory.page_kinds import PageKind, huge_page_size
+from memdesc.memory.page_kinds import PageKind
 from memdesc.vm.pages import Access, page_size, round_page
 
 _STEP = 64 << 20
@@ -79,10 +79,11 @@ def reopen(fd: int, access: Access) -> int:
     """Open what a descriptor refers to once more, with an open file description of its own.
 
     A duplicate would share the description: then no lease could tell the holders apart, and a
-    read-only duplicate of a writable descriptor does not exist.
+    read-only duplicate of a writable descriptor does not exist. Never waits: where somebody holds
+    a lease on the file, it fails with EAGAIN instead (the kernel would wait 45 s for him).
     """
     flags = os.O_RDWR if access.writable else os.O_RDONLY
-    return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
+    return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC | os.O_NONBLOCK)
 
 
 class OwnedObject:
@@ -146,14 +147,18 @@ class OwnedObject:
         return reopen(self.fileno(), access)
 
     def grant(self, access: Access, *, enforced: bool = True, user: int) -> int:
-        """Seal as the lifecycle says, then re-open for another task of user id `user`."""
+        """Re-open for another task of user id `user`, sealed as the lifecycle says."""
         life = self.lifecycle
         with life.lock:
             state, seals = life.grant(access, enforced=enforced, name=self.name)
-            missing = seals & ~self.seals()
-            if missing:
-                fcntl.fcntl(self.fileno(), fcntl.F_ADD_SEALS, missing)
-            fd = reopen(self.fileno(), access)
+            fd = reopen(self.fileno(), access)  # may fail: before the seals, which stay
+            try:
+                missing = seals & ~self.seals()
+                if missing:
+                    fcntl.fcntl(self.fileno(), fcntl.F_ADD_SEALS, missing)
+            except BaseException:
+                os.close(fd)
+                raise
             life.granted(state, user)
         return fd
 
@@ -189,6 +194,11 @@ class ForeignObject:
     def __init__(self, fd: int, max_access: Access, *, trust_size: bool = False) -> None:
         self._fd = fd
         try:
+            mode = fcntl.fcntl(fd, fcntl.F_GETFL)
+            _check_readable(mode)
+            self._seals = _seals_of(fd)
+            if self._seals < 0 and not trust_size:
+                raise self._can_shrink("is not a memfd")  # fstat could hang: on FUSE, its server
             status = os.fstat(fd)
             self.size = status.st_size
             self.identity = (status.st_dev, status.st_ino)
@@ -199,28 +209,19 @@ class ForeignObject:
                     reason=MappingReason.ACCESS,
                     errno=errno.EACCES,
                 )
-            self._seals = _seals_of(fd)
-            huge = self._seals >= 0 and _is_huge(status)
-            self.page_size = huge_page_size() if huge else page_size
-            mode = fcntl.fcntl(fd, fcntl.F_GETFL)
+            # Of shmem it is a base page, of hugetlb that file's own page, of whatever size.
+            self.page_size = page_size if self._seals < 0 else os.fstatvfs(fd).f_bsize
             self._writable = mode & os.O_ACCMODE == os.O_RDWR
-            self.max_access = self._most(mode, max_access)
+            self.max_access = self._most(max_access)
             if not trust_size:
-                self._check_size_is_sealed(huge)
+                self._check_size_is_sealed()
         except BaseException:
             self.close()
             raise
 
-    def _most(self, mode: int, claimed: Access) -> Access:
+    def _most(self, claimed: Access) -> Access:
         """What can be had: the least of the descriptor's mode, its seals and the giver's word."""
-        if mode & os.O_PATH or mode & os.O_ACCMODE == os.O_WRONLY:
-            raise MappingError(
-                "the descriptor was not opened for reading, so it can not be mapped: open it "
-                "read-only or read-write",
-                reason=MappingReason.ACCESS,
-                errno=errno.EACCES,
-            )
-        if mode & os.O_ACCMODE == os.O_RDONLY or self._sealed_against_writing():
+        if not self._writable or self._sealed_against_writing():
             return Access.READ_ONLY
         return claimed
 
@@ -229,17 +230,10 @@ class ForeignObject:
             self._seals & (_core.F_SEAL_WRITE | _core.F_SEAL_FUTURE_WRITE)
         )
 
-    def _check_size_is_sealed(self, huge: bool) -> None:
-        if self._seals < 0 or not self._seals & _core.F_SEAL_SHRINK:
-            have = "is not a memfd" if self._seals < 0 else f"has the seals {self._seals:#x}"
-            raise MappingError(
-                f"the object {have}: without F_SEAL_SHRINK its owner could truncate it, and the "
-                "next access would kill this process with SIGBUS; have it sealed, or say "
-                "trust_size=True if its owner is trusted",
-                reason=MappingReason.CAN_SHRINK,
-                errno=errno.EPERM,
-            )
-        if huge and not self._sealed_against_writing():
+    def _check_size_is_sealed(self) -> None:
+        if not self._seals & _core.F_SEAL_SHRINK:
+            raise self._can_shrink(f"has the seals {self._seals:#x}")
+        if self.page_size != page_size and not self._sealed_against_writing():
             raise MappingError(
                 "the object is of huge pages and writable: whoever may write it can punch a page "
                 "out, and the next access would kill this process with SIGBUS; huge memory is "
@@ -247,6 +241,15 @@ class ForeignObject:
                 reason=MappingReason.CAN_SHRINK,
                 errno=errno.EPERM,
             )
+
+    def _can_shrink(self, have: str) -> MappingError:
+        return MappingError(
+            f"the object {have}: without F_SEAL_SHRINK its owner could truncate it, and the next "
+            "access would kill this process with SIGBUS; have it sealed, or say trust_size=True "
+            "if its owner is trusted",
+            reason=MappingReason.CAN_SHRINK,
+            errno=errno.EPERM,
+        )
 
     @property
     def enforced(self) -> bool:
@@ -271,8 +274,8 @@ class ForeignObject:
             return os.dup(self.fileno())
         try:
             return reopen(self.fileno(), access)
-        except PermissionError:
-            return os.dup(self.fileno())  # another user's memfd, mode 0600
+        except (PermissionError, BlockingIOError):
+            return os.dup(self.fileno())  # another user's memfd, mode 0600; or he has a lease on it
 
     def grant(self, access: Access, *, enforced: bool = True, user: int) -> int:
         """Pass it on with at most the rights that we have."""
@@ -305,28 +308,24 @@ def check_name(name: str) -> str:
     return name
 
 
+def _check_readable(mode: int) -> None:
+    if mode & os.O_PATH or mode & os.O_ACCMODE == os.O_WRONLY:
+        raise MappingError(
+            "the descriptor was not opened for reading, so it can not be mapped: open it "
+            "read-only or read-write",
+            reason=MappingReason.ACCESS,
+            errno=errno.EACCES,
+        )
+
+
 def _seals_of(fd: int) -> int:
     """The seals of a descriptor; -1 where it is not of a memory file system (EINVAL)."""
     try:
         return fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     except OSError as error:
-        if error.errno in (errno.EINVAL, errno.EBADF):
+        if error.errno == errno.EINVAL:
             return -1
         raise
-
-
-def _is_huge(status: os.stat_result) -> bool:
-    """Whether a file is of the huge-page file system that memfd_create uses.
-
-    The block size alone does not tell: shmem shows the huge size too where THP is on for it.
-    """
-    if status.st_blksize != huge_page_size():
-        return False
-    fd = os.memfd_create("memdesc-probe", os.MFD_CLOEXEC | os.MFD_HUGETLB)  # takes no page
-    try:
-        return os.fstat(fd).st_dev == status.st_dev
-    finally:
-        os.close(fd)
 
 
 def _create(name: str, size: int, pages: PageKind) -> int:

@@ -18,6 +18,7 @@ from memdesc.errors import (
     PeerGoneError,
     ProtocolError,
     ServiceNotFoundError,
+    ShareNotFoundError,
     TimedOutError,
 )
 from memdesc.handover import close_all, unpack
@@ -62,12 +63,12 @@ class Connection(Peer):
                 return found
 
     def descriptor(self, name: str, timeout: float | None = 5.0) -> ReceivedMemoryDescriptor:
-        """Get a descriptor of what is shared under a name. Owned by the caller.
+        """Get a descriptor of what is shared under a name, waiting for it. Owned by the caller.
 
         Raises
         ------
         ShareNotFoundError
-            Nothing is, or not with this client.
+            Nothing was in that time, or not with this client (ENOENT).
         TimedOutError, PeerGoneError, ClosedError
         """
         return self._open(name, timeout)[0]
@@ -84,7 +85,7 @@ class Connection(Peer):
         at_address: int | None = None,
         timeout: float | None = 5.0,
     ) -> LocalMemoryMap:
-        """Map what is shared under a name into this task.
+        """Map what is shared under a name into this task, waiting until it is shared.
 
         Parameters
         ----------
@@ -93,7 +94,8 @@ class Connection(Peer):
         offset, length, access, prefault, guard_pages, at_address
             As of `MemoryDescriptor.create_mapping_in_task`.
         timeout : float, optional
-            Seconds to wait for the service; None waits for ever.
+            Seconds to wait for the service to share it and to answer; None waits for ever, 0 asks
+            once.
 
         Returns
         -------
@@ -120,7 +122,7 @@ class Connection(Peer):
     def _open(
         self, name: str, timeout: float | None
     ) -> tuple[ReceivedMemoryDescriptor, protocol.Share]:
-        answer, fds = self.request(protocol.OpenShare(self.next_id(), name), timeout=timeout)
+        answer, fds = self._ask_for(name, timeout)
         if not isinstance(answer, protocol.Opened):
             close_all(fds)
             raise ProtocolError(f"the service answered {type(answer).__name__} to OpenShare")
@@ -134,6 +136,20 @@ class Connection(Peer):
             )
         descriptor.name = name
         return descriptor, answer.share
+
+    def _ask_for(self, name: str, timeout: float | None) -> tuple[Any, list[int]]:
+        """Ask until it is shared: a service exists a moment before it shares what it is for."""
+        until = None if timeout is None else time.monotonic() + timeout
+        pause = 0.002
+        while True:
+            left = None if until is None else max(until - time.monotonic(), 0.05)
+            try:
+                return self.request(protocol.OpenShare(self.next_id(), name), timeout=left)
+            except ShareNotFoundError:
+                if until is not None and time.monotonic() + pause > until:
+                    raise
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.05)
 
     def _handle(self, message: Any, fds: list[int], lost: bool) -> None:
         if isinstance(message, protocol.Welcome) and not self._welcomed.is_set():

@@ -226,7 +226,7 @@ def copyin_into(task: Task, address: int, buffer: Buffer) -> int:
     int
         Bytes copied: all of them.
     """
-    with _bytes_of(buffer) as view:
+    with bytes_of(buffer) as view:
         if view.readonly:
             raise InvalidArgument("cannot copy in: the buffer is read-only; give a writable one")
         return _read(task, address, view, f"copy {len(view):,} bytes in from")
@@ -263,7 +263,7 @@ def copyout(data: Buffer, task: Task, address: int) -> int:
     >>> copyout(b"here", Task.current(), buffer_address(word)[0]), word
     (4, bytearray(b'here'))
     """
-    with _bytes_of(data) as view:
+    with bytes_of(data) as view:
         place = _check_place(address, len(view), doing := f"copy {len(view):,} bytes out to")
         doing = _place_in(doing, task, place)
         copier = _copier(task)
@@ -468,7 +468,7 @@ def _check_place(address: int, nbytes: int, doing: str, expected: int | None = N
     return place
 
 
-def _bytes_of(buffer: Buffer) -> memoryview:
+def bytes_of(buffer: Buffer) -> memoryview:
     """Give a buffer as plain bytes; the caller releases the view."""
     try:
         view = memoryview(buffer)

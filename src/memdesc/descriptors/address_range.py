@@ -20,7 +20,7 @@ from memdesc.errors import (
     WiringError,
     WiringReason,
 )
-from memdesc.mapping import Extent, Placement, check_range, map_extents
+from memdesc.mapping import Extent, Placement, check_range, explained, map_extents
 from memdesc.memory.memfd import ForeignObject, MemoryObject, find_owned
 from memdesc.vm.objects import open_object
 from memdesc.vm.pages import (
@@ -221,7 +221,8 @@ class AddressRangeDescriptor(MemoryDescriptor):
     def _map_here(
         self, offset: int, length: int, access: Access, placement: Placement
     ) -> _core.Window | memoryview:
-        if self.task.is_current and placement == Placement(prefault=placement.prefault):
+        anywhere = placement.at_address is None and not placement.guard_pages
+        if self.task.is_current and anywhere:
             return self._map_own(offset, length, access, placement)
         return map_extents(self._extents(offset, length, access), access, placement)
 
@@ -233,11 +234,12 @@ class AddressRangeDescriptor(MemoryDescriptor):
         if len(found) > 1 or find_owned(_identity(found[0])):  # ours: its own rules decide
             return map_extents(self._extents(offset, length, access), access, placement)
         start, span = page_span(self.address + offset, length)
-        memory = _core.duplicate_memory(start, span)
-        if not access.writable:
-            _core.mprotect(memory.address, span, _core.PROT_READ)
-        if placement.prefault:
-            _core.madvise(memory.address, span, _core.MADV_POPULATE_READ)
+        with explained(span, placement):
+            memory = _core.duplicate_memory(start, span)
+            if not access.writable:
+                _core.mprotect(memory.address, span, _core.PROT_READ)
+            if placement.prefault:
+                _core.madvise(memory.address, span, _core.MADV_POPULATE_READ)
         return _core.Window(memory, self.address + offset - start, length, access.writable)
 
     def _export(self) -> _core.Window | memoryview:
@@ -258,6 +260,7 @@ class AddressRangeDescriptor(MemoryDescriptor):
 
     def page_counts(self) -> PageCounts:
         """Count pages by the task's pagemap (own task: mincore)."""
+        self._check_open()
         if self.task.is_current:
             start, span = page_span(self.address, self._length)
             resident = sum(flag & 1 for flag in _core.mincore(start, span))
@@ -340,7 +343,7 @@ class PythonBufferDescriptor(MemoryDescriptor):
     def _map_here(
         self, offset: int, length: int, access: Access, placement: Placement
     ) -> _core.Window | memoryview:
-        if placement.at_address is not None or placement.guard_pages:
+        if placement.unique or placement.at_address is not None or placement.guard_pages:
             return map_extents(self._extents(offset, length, access), access, placement)
         part = self._view[offset : offset + length]
         return part if access.writable else part.toreadonly()

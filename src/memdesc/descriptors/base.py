@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from memdesc import _core
+from memdesc.copyio import bytes_of
 from memdesc.descriptors.mappable import Mappable
 from memdesc.errors import NotPreparedError, SealedError, WiringError, WiringReason
 from memdesc.mapping import check_range, view_as_array
@@ -99,13 +100,15 @@ class MemoryDescriptor(Mappable):
         Raises
         ------
         RangeError
+        InvalidArgument
+            `data` is no contiguous buffer.
         SealedError
             The memory is read-only (EACCES).
         WiringError
             NOT_WRITABLE: it is prepared for reading only (direction OUT), as in I/O Kit.
         """
         self._check_open()
-        source = memoryview(data).cast("B")
+        source = bytes_of(data)
         offset, length = check_range(offset, source.nbytes, self.length, "the descriptor")
         self._check_writable("written")
         if length:
@@ -231,6 +234,11 @@ class MemoryDescriptor(Mappable):
             self._prepared.clear()
             self._unwire()
             self._close()
+
+    def __del__(self) -> None:
+        # What was prepared through others (the whole of a part) does not end with this object.
+        if getattr(self, "_prepared", None):
+            self.close()
 
     def __enter__(self) -> Self:
         return self

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, final
 
 from memdesc import _core
+from memdesc.copyio import bytes_of
 from memdesc.descriptors.base import MemoryDescriptor, _nothing
 from memdesc.errors import AllocationError, InvalidArgument, RangeError, describe_errno
 from memdesc.mapping import Extent, Placement, map_extents
@@ -173,7 +174,7 @@ class BufferMemoryDescriptor(MemoryDescriptor):
         I/O Kit: appendBytes, which truncates and says success; here nothing is written and
         `RangeError` raised where it does not fit.
         """
-        source = memoryview(data).cast("B")
+        source = bytes_of(data)
         with self._lock:
             self._check_open()
             start = self._length

@@ -84,8 +84,8 @@ class Mappable(_core.Exporter, ABC):
     ) -> LocalMemoryMap:
         """Map into this task: the short form of `create_mapping_in_task`."""
         self._check_open()
-        placement = Placement(at_address, guard_pages, prefault)
-        return self._map_into_this_task(offset, length, access, placement, unique, False)
+        placement = Placement(at_address, guard_pages, prefault, unique)
+        return self._map_into_this_task(offset, length, access, placement, False)
 
     def create_mapping_in_task(
         self,
@@ -146,7 +146,7 @@ class Mappable(_core.Exporter, ABC):
             With its `reason`; see `docs/why-your-map-failed.md`.
         """
         self._check_open()
-        placement = Placement(at_address, guard_pages, prefault)
+        placement = Placement(at_address, guard_pages, prefault, unique)
         if not task.alive:
             raise MappingError(
                 f"task {task.pid} has ended: nothing can be mapped into it",
@@ -154,7 +154,7 @@ class Mappable(_core.Exporter, ABC):
                 errno=errno.ESRCH,
             )
         if task.is_current:
-            return self._map_into_this_task(offset, length, access, placement, unique, reference)
+            return self._map_into_this_task(offset, length, access, placement, reference)
         offset, length = self._check_map_range(offset, length)
         access = self._check_map_access(access)
         if reference:
@@ -177,13 +177,12 @@ class Mappable(_core.Exporter, ABC):
         length: int | None,
         access: Access | None,
         placement: Placement,
-        unique: bool,
         reference: bool,
     ) -> LocalMemoryMap:
         offset, length = self._check_map_range(offset, length)
         access = self._check_map_access(access)
         with self._lock:
-            mapping = None if unique else self._lend(offset, length, access, placement)
+            mapping = self._lend(offset, length, access, placement)
             if mapping is None:
                 if reference:
                     raise self._nothing_to_refer_to(os.getpid())
@@ -225,9 +224,8 @@ class Mappable(_core.Exporter, ABC):
 
     def _check_map_access(self, access: Access | None) -> Access:
         most = self.max_access
-        if access is None:
-            return most
-        if not Access(access).within(most):
+        access = most if access is None else Access(access)
+        if not access.within(most):
             raise MappingError(
                 f"{self.name!r} gives {most.value} at most, {access.value} was asked for: make "
                 "the buffer with max_access=READ_WRITE; its owner writes through the buffer itself",
@@ -240,7 +238,7 @@ class Mappable(_core.Exporter, ABC):
         self, offset: int, length: int, access: Access, placement: Placement
     ) -> LocalMemoryMap | None:
         """A mapping on the addresses of one that exists in this task and covers the range."""
-        if placement.prefault:
+        if placement.unique or placement.prefault:
             return None
         for known in list(self._mappings):
             if not isinstance(known, LocalMemoryMap) or known.guard_pages != placement.guard_pages:

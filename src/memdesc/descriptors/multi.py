@@ -39,6 +39,7 @@ class MultiMemoryDescriptor(MemoryDescriptor):
         super().__init__(members[0].direction if direction is None else direction, name)
         self.members = tuple(members)
         self._whole: _core.Window | memoryview | None = None
+        self._whole_layout: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:
@@ -79,9 +80,18 @@ class MultiMemoryDescriptor(MemoryDescriptor):
     def _export(self) -> _core.Window | memoryview:
         self._check_open()
         with self._lock:
-            if self._whole is None or len(self._whole) != self.length:
-                self._whole = self.map(unique=True)._export()
+            layout = self._layout()
+            if self._whole is None or self._whole_layout != layout:
+                self._whole, self._whole_layout = self.map()._export(), layout
             return self._whole
+
+    def _layout(self) -> tuple[int, ...]:
+        """The lengths that a view of the whole is made for: `set_length` moves them."""
+        lengths: list[int] = []
+        for member in self.members:
+            member._check_open()
+            lengths += member._layout() if isinstance(member, type(self)) else [member.length]
+        return tuple(lengths)
 
     def read_bytes(self, offset: int = 0, length: int | None = None) -> bytes:
         """Copy bytes out, member by member; see `MemoryDescriptor.read_bytes`."""
@@ -99,6 +109,7 @@ class MultiMemoryDescriptor(MemoryDescriptor):
 
     def page_counts(self) -> PageCounts:
         """Add up the members' counts."""
+        self._check_open()
         counts = [member.page_counts() for member in self.members]
         return PageCounts(sum(c.total for c in counts), sum(c.resident for c in counts))
 

@@ -87,6 +87,7 @@ class SubMemoryDescriptor(MemoryDescriptor):
 
     def page_counts(self) -> PageCounts:
         """Count the pages of the whole parent, as the model does."""
+        self._check_open()
         return self.parent.page_counts()
 
     def _wire(self, direction: Direction) -> Callable[[], None]:

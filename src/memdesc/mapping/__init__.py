@@ -25,6 +25,7 @@ from memdesc.mapping.maps import (
 from memdesc.mapping.place import (
     Extent as Extent,
     Placement as Placement,
+    explained as explained,
     map_extents as map_extents,
 )
 from memdesc.mapping.views import check_range as check_range, view_as_array as view_as_array

@@ -138,9 +138,13 @@ class LocalMemoryMap(MemoryMap, _core.Exporter):
         window = self._window
         start = offset - self.offset
         covers = start >= 0 and start + length <= self.length and access is self.access
-        if not covers or not isinstance(window, _core.Window):
+        if window is None or not covers:
             return None
-        part = _core.Window(window.memory, window.offset + start, length, access.writable)
+        part: _core.Window | memoryview
+        if isinstance(window, _core.Window):
+            part = _core.Window(window.memory, window.offset + start, length, access.writable)
+        else:
+            part = window[start : start + length]
         return LocalMemoryMap(
             part,
             offset=offset,

@@ -33,12 +33,14 @@ class Placement:
 
     `at_address`: exactly there, page-aligned, never over anything that is mapped (None:
     anywhere). `guard_pages`: pages without access on each side. `prefault`: fault all pages in
-    now. `alignment`: of the first byte's page, for mappings anywhere.
+    now. `unique`: at new addresses, never at those where the memory lies already. `alignment`: of
+    the first byte's page, for mappings anywhere.
     """
 
     at_address: int | None = None
     guard_pages: int = 0
     prefault: bool = False
+    unique: bool = False
     alignment: int = page_size
 
     def __post_init__(self) -> None:
@@ -88,7 +90,7 @@ def map_extents(
         )
     granule = max(extent.object.page_size for extent in extents)
     prot = _core.PROT_READ | (_core.PROT_WRITE if access.writable else 0)
-    with _explained(size, placement):
+    with explained(size, placement):
         guard = placement.guard_pages * page_size
         alignment = max(granule, placement.alignment)
         if len(pieces) == 1 and not guard and alignment <= granule:
@@ -190,7 +192,7 @@ def _opened(object_: MemoryObject, access: Access) -> Iterator[int]:
 
 
 @contextmanager
-def _explained(size: int, placement: Placement) -> Iterator[None]:
+def explained(size: int, placement: Placement) -> Iterator[None]:
     """Turn what the kernel answers into a MappingError with the reason looked up."""
     try:
         yield

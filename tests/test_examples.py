@@ -15,8 +15,8 @@ from memdesc import page_size
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def expected(example: str) -> str:
-    return (EXAMPLES / example / "expected.txt").read_text()
+def expected(example: str, variant: str = "") -> str:
+    return (EXAMPLES / example / f"expected{variant}.txt").read_text()
 
 
 def start(example: str, script: str, *arguments: str) -> subprocess.Popen[str]:
@@ -48,7 +48,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 def test_driver_and_client(example: str, driver: str) -> None:
     with start(example, driver) as one, start(example, "client.py") as other:
         client = finish(other)
-        assert client + finish(one) == expected(example)
+        assert client + finish(one) == expected(example, driver[len("driver") : -len(".py")])
 
 
 @pytest.mark.slow

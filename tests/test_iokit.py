@@ -44,6 +44,7 @@ from memdesc.iokit import (
     kIOReturnNotReady,
     kIOReturnNotWritable,
     kIOReturnSuccess,
+    kIOReturnUnsupported,
     page_size,
 )
 from memdesc.testing.faults import failing
@@ -199,7 +200,7 @@ def annotations_of(kind: type) -> dict[str, Any]:
     return {
         name: value
         for base in kind.__mro__
-        for name, value in vars(base).get("__annotations__", {}).items()
+        for name, value in inspect.get_annotations(base).items()
     }
 
 
@@ -365,6 +366,7 @@ def test_prepare_and_complete_answer_with_codes() -> None:
     assert descriptor.complete() == kIOReturnNotReady
     with failing("mlock", errno.ENOMEM):
         assert descriptor.prepare() == kIOReturnNoResources
+    assert descriptor.prepare(0x20) == kIOReturnUnsupported  # kIODirectionPrepareNonCoherent
     assert descriptor.descriptor.prepare_count == 0
     if descriptor.prepare(kIODirectionOut) != kIOReturnSuccess:
         pytest.skip("this process may not lock one page")

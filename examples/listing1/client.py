@@ -10,6 +10,7 @@ with md.connect("listing1", timeout=30) as driver:
     print(f"client: {pixels.size} bytes, sum {int(pixels.sum())}, first {pixels[0]}")
     print(f"client: the mapping pushed by the driver begins with {memoryview(pushed)[0]}")
     try:
-        pixels[0] = 0
+        pixels[0] = 5
+        print(f"client: {pushed.access.value}: stored {pixels[0]}")
     except ValueError as error:
-        print(f"client: {error}")
+        print(f"client: {pushed.access.value}: {error}")

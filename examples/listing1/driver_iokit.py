@@ -7,14 +7,14 @@ from memdesc.iokit import (
     IOBufferMemoryDescriptor,
     kIODirectionOutIn,
     kIOMapAnywhere,
-    kIOMemoryUnshared,
+    kIOMemoryKernelUserShared,
     page_size,
 )
 
 alloc_bytes = 54321
 
 memDesc = IOBufferMemoryDescriptor.withOptions(
-              kIODirectionOutIn | kIOMemoryUnshared,  # KernelUserShared: the client may write too
+              kIODirectionOutIn | kIOMemoryKernelUserShared,
               alloc_bytes, page_size )  # fmt: skip
 
 pixels = np.frombuffer(memDesc.getBytesNoCopy(), "u1")
@@ -29,4 +29,5 @@ with md.Service("listing1") as service:
         raise SystemExit(f"createMappingInTask gave NULL: {why[0]}")
     pixels[0] = 99
     client.task.wait(timeout=30)
-print(f"driver: mapped {mapping.getLength()} bytes into the client, read-only")
+print(f"driver: the first byte is {pixels[0]}")
+print(f"driver: mapped {mapping.getLength()} bytes into the client")

@@ -251,11 +251,15 @@ class IOMemoryDescriptor:
 
     def prepare(self, forDirection: int = kIODirectionNone) -> int:
         """Wire it, counted; None as the direction is the descriptor's own."""
-        chosen = Direction(forDirection) if forDirection else None
-        return _code_of(lambda: self.descriptor.prepare(chosen))
+        return _code_of(
+            lambda: self.descriptor.prepare(_direction(forDirection) if forDirection else None)
+        )
 
     def complete(self, forDirection: int = kIODirectionNone) -> int:
-        """Undo one prepare. kIOReturnNotReady where there is none (the model says success)."""
+        """Undo one prepare; the direction does not matter, as in the model.
+
+        kIOReturnNotReady where there is none to undo (the model says success).
+        """
         return _code_of(self.descriptor.complete)
 
     def readBytes(self, offset: int, bytes: Buffer, withLength: int) -> int:
@@ -281,7 +285,15 @@ class IOMemoryDescriptor:
 
 
 class IOBufferMemoryDescriptor(IOMemoryDescriptor):
-    """Allocates memory that can be shared: `memdesc.BufferMemoryDescriptor`."""
+    """Allocates memory that can be shared: `memdesc.BufferMemoryDescriptor`.
+
+    Examples
+    --------
+    >>> memDesc = IOBufferMemoryDescriptor.withOptions(
+    ...               kIODirectionOutIn | kIOMemoryKernelUserShared, 54321, page_size )
+    >>> memDesc.createMappingInTask(current_task(), 0, kIOMapAnywhere).getLength()
+    54321
+    """
 
     descriptor: BufferMemoryDescriptor
 

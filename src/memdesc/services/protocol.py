@@ -16,6 +16,8 @@ from memdesc.portable import Natural, Piece, Portable
 VERSION = 1
 MAX_MESSAGE = 128 * 1024
 """Bytes of a packet at most; below the socket buffer's default (net.core.wmem_default)."""
+MAX_COPY = 64 * 1024
+"""Bytes of another task's memory that one message carries at most."""
 
 Name = Annotated[str, msgspec.Meta(max_length=1024)]
 Text = Annotated[str, msgspec.Meta(max_length=8192)]
@@ -115,6 +117,36 @@ class MappingEnded(msgspec.Struct, frozen=True, tag=True):
     token: Natural
 
 
+class ReadMemory(msgspec.Struct, frozen=True, tag=True):
+    """Either side: copy that range of your memory to me (copyin where the kernel denies it)."""
+
+    id: Natural
+    address: Natural
+    nbytes: Annotated[int, msgspec.Meta(ge=1, le=MAX_COPY)]
+
+
+class MemoryRead(msgspec.Struct, frozen=True, tag=True):
+    """The answer: the bytes up to the first that can not be read."""
+
+    id: Natural
+    data: Annotated[bytes, msgspec.Meta(max_length=MAX_COPY)]
+
+
+class WriteMemory(msgspec.Struct, frozen=True, tag=True):
+    """Either side: copy that into your memory (copyout)."""
+
+    id: Natural
+    address: Natural
+    data: Annotated[bytes, msgspec.Meta(min_length=1, max_length=MAX_COPY)]
+
+
+class MemoryWritten(msgspec.Struct, frozen=True, tag=True):
+    """The answer: how many bytes were, up to the first that can not be written."""
+
+    id: Natural
+    nbytes: Natural
+
+
 class Done(msgspec.Struct, frozen=True, tag=True):
     """The answer to what returns nothing."""
 
@@ -143,10 +175,14 @@ Message = (
     | PullMapping
     | ReleaseMapping
     | MappingEnded
+    | ReadMemory
+    | MemoryRead
+    | WriteMemory
+    | MemoryWritten
     | Done
     | Failed
 )
-Answer = Shares | Opened | Mapped | Done | Failed
+Answer = Shares | Opened | Mapped | MemoryRead | MemoryWritten | Done | Failed
 
 encode = msgspec.msgpack.Encoder().encode
 decode = msgspec.msgpack.Decoder(Message).decode

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, final
 from memdesc import _core
 from memdesc.copyio import bytes_of
 from memdesc.descriptors.base import MemoryDescriptor, _nothing
-from memdesc.errors import AllocationError, InvalidArgument, RangeError, describe_errno
+from memdesc.errors import (
+    AllocationError,
+    InvalidArgument,
+    MappingError,
+    RangeError,
+    describe_errno,
+)
 from memdesc.mapping import Extent, Placement, map_extents
 from memdesc.memory.memfd import OwnedObject, check_name
 from memdesc.memory.page_kinds import PageKind
@@ -216,18 +222,19 @@ def _check_alignment(alignment: int) -> int:
 def _map_owner(memory: OwnedObject, nbytes: int, alignment: int, *, populate: bool) -> _core.Window:
     """The owner's writable view: made before any grant, since the seals forbid it afterwards."""
     placement = Placement(alignment=alignment)
-    whole = map_extents([Extent(memory, 0, memory.size)], Access.READ_WRITE, placement)
-    if populate:
-        try:
+    try:
+        whole = map_extents([Extent(memory, 0, memory.size)], Access.READ_WRITE, placement)
+        if populate:
             for offset, length in _steps(memory.size):
                 _core.madvise(whole.address + offset, length, _core.MADV_POPULATE_WRITE)
-        except OSError as error:
-            raise AllocationError(
-                f"populating buffer {memory.name!r} of {memory.size:,} bytes: "
-                f"{describe_errno(error)}; ask for less, or say lazy=True",
-                errno=error.errno,
-                requested=memory.size,
-            ) from error
+    except OSError as error:
+        raise AllocationError(
+            f"mapping buffer {memory.name!r} of {memory.size:,} bytes for its owner: "
+            f"{error if isinstance(error, MappingError) else describe_errno(error)}; ask for less, "
+            "or say lazy=True if there are too few pages",
+            errno=error.errno,
+            requested=memory.size,
+        ) from error
     return _core.Window(whole.memory, whole.offset, nbytes, True)
 
 

@@ -105,7 +105,7 @@ def map_extents(
 
 def _pieces(extents: Sequence[Extent]) -> tuple[list[tuple[MemoryObject, int, int]], int, int]:
     """Whole pages of each extent, checked to meet on page borders: (pieces, skip, bytes)."""
-    pieces = []
+    pieces: list[tuple[MemoryObject, int, int]] = []
     skip = nbytes = 0
     for index, extent in enumerate(extents):
         size = extent.object.page_size
@@ -115,9 +115,12 @@ def _pieces(extents: Sequence[Extent]) -> tuple[list[tuple[MemoryObject, int, in
         if first:
             skip = extent.offset - start
         elif start != extent.offset:
-            raise _not_congruent(index, "starts", extent.offset, size)
+            raise _not_congruent(index, f"starts at offset {extent.offset:,} of its object", size)
+        elif sum(length for _, _, length in pieces) % size:
+            raise _not_congruent(index, f"would follow {nbytes:,} bytes of smaller pages", size)
         if not last and end != extent.offset + extent.length:
-            raise _not_congruent(index, "ends", extent.offset + extent.length, size)
+            at = extent.offset + extent.length
+            raise _not_congruent(index, f"ends at offset {at:,} of its object", size)
         if end > round_page(extent.object.size, size):
             raise MappingError(
                 f"the object has {extent.object.size:,} bytes, {end:,} would be mapped: the rest "
@@ -130,11 +133,11 @@ def _pieces(extents: Sequence[Extent]) -> tuple[list[tuple[MemoryObject, int, in
     return pieces, skip, nbytes
 
 
-def _not_congruent(index: int, what: str, offset: int, size: int) -> MappingError:
+def _not_congruent(index: int, what: str, size: int) -> MappingError:
     return MappingError(
-        f"range {index} {what} at offset {offset:,} of its object, inside a page of {size:,} "
-        "bytes: only the first may start and only the last may end there, else the view would "
-        "not be contiguous; align the inner borders, or map the ranges one by one",
+        f"range {index} {what}, inside a page of {size:,} bytes: only the first may start and "
+        "only the last may end there, else the view would not be contiguous; align the inner "
+        "borders, or map the ranges one by one",
         reason=MappingReason.NOT_CONGRUENT,
         errno=errno.EINVAL,
     )

@@ -21,7 +21,7 @@ from memdesc.errors import (
     WiringReason,
 )
 from memdesc.mapping import Extent, Placement, check_range, explained, map_extents
-from memdesc.memory.memfd import ForeignObject, MemoryObject, find_owned
+from memdesc.memory.memfd import ForeignObject, MemoryObject, anonymous_device, find_owned
 from memdesc.vm.objects import open_object
 from memdesc.vm.pages import (
     MAX_LENGTH,
@@ -205,8 +205,10 @@ class AddressRangeDescriptor(MemoryDescriptor):
             raise MappingError(
                 str(error), reason=MappingReason.TASK_GONE, errno=error.errno
             ) from error
-        # Nobody holds a descriptor on shared anonymous memory, so nobody can truncate it.
-        anonymous = region.object.kind is ObjectKind.SHARED_ANONYMOUS
+        # Nobody holds a descriptor on shared anonymous memory, so nobody can truncate it. The name
+        # alone does not tell it: a task can give a file that name in a mount namespace of its own.
+        named_so = region.object.kind is ObjectKind.SHARED_ANONYMOUS
+        anonymous = named_so and identity[0] == anonymous_device()
         object_ = ForeignObject(fd, access, trust_size=self.trust_size or anonymous)
         if object_.identity != identity:
             object_.close()
@@ -254,6 +256,9 @@ class AddressRangeDescriptor(MemoryDescriptor):
         self._check_open()
         offset, length = check_range(offset, length, self._length, "the descriptor")
         return copyin(self.task, self.address + offset, length)
+
+    def _is_sealed(self) -> bool:
+        return False  # copyout tells, and needs no mapping for it
 
     def _store(self, offset: int, source: memoryview) -> None:
         copyout(source, self.task, self.address + offset)

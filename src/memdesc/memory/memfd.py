@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import os
 import stat
 import weakref
@@ -73,6 +74,19 @@ _objects: weakref.WeakValueDictionary[tuple[int, int], OwnedObject] = weakref.We
 def find_owned(identity: tuple[int, int]) -> OwnedObject | None:
     """Find the living memory object of this process that has that device and inode."""
     return _objects.get(identity)
+
+
+@functools.cache
+def anonymous_device() -> int:
+    """Tell the device number of the kernel's own shmem mount, which no path leads to.
+
+    Memfds and shared anonymous memory live there, and nothing that a user can name.
+    """
+    fd = os.memfd_create("memdesc-device", os.MFD_CLOEXEC)
+    try:
+        return os.fstat(fd).st_dev
+    finally:
+        os.close(fd)
 
 
 def reopen(fd: int, access: Access) -> int:

@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 MAX_OBJECTS = 253
 """File descriptors that one Unix message carries at most (SCM_MAX_FD)."""
 
-MAX_HEADER = 1 << 16
+MAX_PIECES = 4096
+MAX_HEADER = 128 << 10
 _PREFIX = struct.Struct("<4sI")
 _MAGIC = b"mdsc"
 _VERSION = 1
@@ -85,6 +86,12 @@ def give(
                 fds.append(extent.object.grant(access, enforced=enforced, user=user))
                 index[key] = len(fds) - 1
             pieces.append((index[key], extent.offset, extent.length))
+        if len(pieces) > MAX_PIECES:
+            raise InvalidArgument(
+                f"the range is in {len(pieces):,} pieces, more than the {MAX_PIECES:,} that one "
+                "message tells of: hand it over in parts",
+                errno=errno.E2BIG,
+            )
     except BaseException:
         close_all(fds)
         raise
@@ -173,7 +180,15 @@ def unpack(portable: Portable, fds: Sequence[int]) -> ReceivedMemoryDescriptor:
         raise ProtocolError(f"{portable.direction} is no direction", errno=errno.EPROTO) from error
     access = Access.READ_WRITE if portable.writable else Access.READ_ONLY
     extents = take(portable.pieces, fds, access)
-    return ReceivedMemoryDescriptor(extents, direction=direction, name=portable.name)
+    received = ReceivedMemoryDescriptor(extents, direction=direction, name=portable.name)
+    if received.max_access is not access:
+        received.close()
+        raise ProtocolError(
+            f"{portable.name!r} is said to be {access.value}, what came is "
+            f"{received.max_access.value}",
+            errno=errno.EPROTO,
+        )
+    return received
 
 
 def send_descriptor(
@@ -263,7 +278,7 @@ def send_with_fds(sock: sockets.socket, data: bytes, fds: Sequence[int]) -> None
         sent = sock.sendmsg([data], ancillary, sockets.MSG_NOSIGNAL)
         if sent < len(data):
             sock.sendall(data[sent:])
-    except TimeoutError as error:
+    except (TimeoutError, BlockingIOError) as error:
         raise TimedOutError(
             f"sending {len(data)} bytes: the other side did not read in time",
             errno=errno.ETIMEDOUT,
@@ -299,7 +314,7 @@ def receive_with_fds(sock: sockets.socket, most: int, least: int) -> tuple[bytes
                 )
             if not piece:
                 raise PeerGoneError("the other side has gone", errno=errno.ECONNRESET)
-    except TimeoutError as error:
+    except (TimeoutError, BlockingIOError) as error:
         close_all(fds)
         raise TimedOutError("nothing came in time", errno=errno.ETIMEDOUT) from error
     except ConnectionResetError as error:

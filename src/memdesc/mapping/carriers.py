@@ -32,25 +32,32 @@ class Carrier(Unmapper, Protocol):
         """Make a mapping there."""
 
 
-# Weak: a connection that its program dropped ends, and reaches no one.
-_carriers: dict[Task, weakref.WeakSet[Carrier]] = {}
+# Weak: a connection that its program dropped ends, and reaches no one. By pid and start time: a
+# Task as the key would hold its pidfd.
+_carriers: dict[tuple[int, int], weakref.WeakSet[Carrier]] = {}
 _carriers_lock = threading.Lock()
+
+
+def _key(task: Task) -> tuple[int, int]:
+    return task.pid, task.start_time
 
 
 def add_carrier(carrier: Carrier) -> None:
     """Make a connection known as a way to its task."""
     with _carriers_lock:
-        _carriers.setdefault(carrier.task, weakref.WeakSet()).add(carrier)
+        for key in [key for key, known in _carriers.items() if not known]:
+            del _carriers[key]  # of connections that were dropped, not closed
+        _carriers.setdefault(_key(carrier.task), weakref.WeakSet()).add(carrier)
 
 
 def remove_carrier(carrier: Carrier) -> None:
     """Forget it; a no-op where it is not known."""
     with _carriers_lock:
-        known = _carriers.get(carrier.task)
+        known = _carriers.get(_key(carrier.task))
         if known is not None:
             known.discard(carrier)
             if not known:
-                del _carriers[carrier.task]
+                del _carriers[_key(carrier.task)]
 
 
 def forget_carriers() -> None:
@@ -69,7 +76,7 @@ def carrier_to(task: Task, connection: object | None) -> Carrier:
         NOT_CONNECTED (ENOTCONN), SEVERAL_CONNECTIONS (EINVAL).
     """
     with _carriers_lock:
-        known = list(_carriers.get(task, ()))
+        known = list(_carriers.get(_key(task), ()))
     if connection is not None:
         known = [carrier for carrier in known if carrier is connection]
     if len(known) == 1:

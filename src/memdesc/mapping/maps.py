@@ -203,14 +203,14 @@ class LocalMemoryMap(MemoryMap, _core.Exporter):
             self._drop()
 
     def _drop(self) -> None:
+        ended, self._ended = self._ended, None
+        if ended is not None:
+            ended()  # before the addresses go: who looks at our maps then knows why
         for token in self._wires:
             token.release()
         self._wires.clear()
         self._window = None
         self._owner = None
-        ended, self._ended = self._ended, None
-        if ended is not None:
-            ended()
 
 
 class Unmapper(Protocol):

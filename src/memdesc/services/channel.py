@@ -1,7 +1,8 @@
 """A channel: one connected socket, its messages, requests and their answers.
 
 Sends come from any thread and never wait; what arrives is handled on the I/O thread; requests wait
-in the thread that makes them. A peer that does not read is dropped when too much waits for it.
+in the thread that makes them. A peer that asks and does not read the answers is dropped when too
+much waits for it; a request to one that does not read fails at once.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -26,7 +27,6 @@ from memdesc import errors
 from memdesc.errors import (
     ClosedError,
     MappingError,
-    MappingReason,
     MemdescError,
     PeerGoneError,
     ProtocolError,
@@ -35,13 +35,19 @@ from memdesc.errors import (
 )
 from memdesc.handover import close_all, receive_once
 from memdesc.services import protocol
+from memdesc.services.failures import failed, no_descriptor, rebuilt, too_many_files
 from memdesc.services.loop import Loop, loop, tell_if_forked
 from memdesc.vm.task import Task
 
 log = logging.getLogger("memdesc.services")
+_T = TypeVar("_T")
 
-_QUEUE_LIMIT = 4096
-"""Messages that may wait for a peer that does not read, before it is dropped."""
+_QUEUE_LIMIT = 1024
+"""Messages that may wait for a peer that does not read, besides those in the socket."""
+_QUEUE_FDS = 64
+"""Descriptors that may wait with them: they are this process's own meanwhile."""
+_LATE_LIMIT = 16 * _QUEUE_LIMIT
+"""Requests that a peer may leave unanswered for good, before it is dropped."""
 _BATCH = 64
 """Messages read from one peer before the others get their turn."""
 
@@ -71,13 +77,16 @@ class Channel:
         self.task = task
         self._sock = sock
         self._loop: Loop = loop()
+        # Our own: the program may close its Task, and epoll would then watch nobody.
+        self._life = _Life(sock, task)
         self._lock = threading.RLock()
         self._gone: MemdescError | None = None
         self._queue: deque[tuple[bytes, list[int]]] = deque()
+        self._queued_fds = 0
         self._ids = itertools.count(1)
         self._pending: dict[int, _Pending] = {}
         self._late: dict[int, Callable[[Any], None]] = {}
-        self._finalizer = weakref.finalize(self, _abandon, self._loop, sock, task)
+        self._finalizer = weakref.finalize(self, _abandon, self._loop, self._life)
         self._finalizer.atexit = False
         tell_if_forked(self)
 
@@ -95,11 +104,12 @@ class Channel:
         def died(_: int) -> None:
             channel = this()
             if channel is not None:
+                channel._ready(selectors.EVENT_READ)  # what it said before it died
                 channel._end(gone(channel.task))
 
         def watch() -> None:
-            self._loop.watch(self._sock.fileno(), ready)
-            self._loop.watch(self.task.fileno(), died)
+            self._loop.watch(self._life.sock.fileno(), ready)
+            self._loop.watch(self._life.pidfd, died)
 
         self._loop.run(watch)
 
@@ -110,6 +120,8 @@ class Channel:
 
     def close(self) -> None:
         """End it. Mappings stay as long as they are held; requests that wait fail. Idempotent."""
+        if self.closed:
+            return  # in a fork child always: the loop that we know is the parent's
         self._loop.run(
             lambda: self._end(
                 ClosedError(f"the connection to task {self.task.pid} was closed here")
@@ -124,10 +136,8 @@ class Channel:
             self._gone = ClosedError(
                 "the connection belongs to the parent of this forked process: connect again here"
             )
-            self._sock.close()
-            for _, fds in self._queue:
-                close_all(fds)
-        self._queue.clear()
+            self._life.close()
+            self._clear_queue()
 
     def _end(self, why: MemdescError) -> None:
         """Drop everything that hangs on the connection. On the I/O thread, once."""
@@ -137,17 +147,20 @@ class Channel:
             self._gone = why
             waiting = list(self._pending.values())
             self._pending.clear()
-            for _, fds in self._queue:
-                close_all(fds)
-            self._queue.clear()
+            self._late.clear()
+            self._clear_queue()
         self._finalizer.detach()
-        self._loop.forget(self._sock.fileno())
-        self._loop.forget(self.task.fileno())
-        self._sock.close()
+        self._life.end(self._loop)
         for pending in waiting:
             pending.done.set()
         self._ended(why)
         log.debug("channel.ended", extra={"pid": self.task.pid, "why": str(why)})
+
+    def _clear_queue(self) -> None:
+        for _, fds in self._queue:
+            close_all(fds)
+        self._queue.clear()
+        self._queued_fds = 0
 
     def _ended(self, why: MemdescError) -> None:
         """Called once, on the I/O thread, after the end."""
@@ -167,10 +180,24 @@ class Channel:
     def send(self, message: Any, fds: Sequence[int] = ()) -> None:
         """Send now, or queue; never waits. The descriptors stay the caller's.
 
+        A peer that leaves too much unread is dropped.
+
         Raises
         ------
         PeerGoneError, ClosedError
+        MappingError
+            TOO_MANY_FILES: the descriptors can not be sent (EMFILE, ETOOMANYREFS).
         """
+        if not self._put(message, fds):
+            self._drop(f"it left {len(self._queue):,} messages unread")
+
+    def _drop(self, why: str) -> None:
+        """End the connection for what the peer does, from any thread."""
+        error = PeerGoneError(f"task {self.task.pid} was dropped: {why}", errno=errno.ENOBUFS)
+        self._loop.post(lambda: self._end(error))
+
+    def _put(self, message: Any, fds: Sequence[int]) -> bool:
+        """Send or queue; False where too much waits already."""
         data = protocol.encode(message)
         if len(data) > protocol.MAX_MESSAGE:
             raise errors.InvalidArgument(
@@ -180,22 +207,19 @@ class Channel:
         with self._lock:
             if self._gone is not None:
                 raise self._gone_again()
-            if self._queue or not self._try_send(data, fds):
-                if len(self._queue) >= _QUEUE_LIMIT:
-                    self._loop.post(
-                        lambda: self._end(
-                            PeerGoneError(
-                                f"task {self.task.pid} was dropped: it left {_QUEUE_LIMIT} "
-                                "messages unread",
-                                errno=errno.ENOBUFS,
-                            )
-                        )
-                    )
-                    return
-                self._queue.append((data, [os.dup(fd) for fd in fds]))
-                self._loop.post(self._write_waiting)
+            if not self._queue and self._try_send(data, fds):
+                return True
+            if len(self._queue) >= _QUEUE_LIMIT or (
+                self._queue and self._queued_fds + len(fds) > _QUEUE_FDS
+            ):
+                return False
+            self._queue.append((data, duplicates(fds)))
+            self._queued_fds += len(fds)
+            self._loop.post(self._write_waiting)
+            return True
 
     def _try_send(self, data: bytes, fds: Sequence[int]) -> bool:
+        """Send, or say that there is no room."""
         ancillary = []
         if fds:
             ancillary = [(sockets.SOL_SOCKET, sockets.SCM_RIGHTS, array.array("i", fds))]
@@ -204,8 +228,8 @@ class Channel:
         except (BlockingIOError, InterruptedError):
             return False
         except OSError as error:
-            if error.errno == errno.ETOOMANYREFS:  # descriptors in flight: wait as for room
-                return False
+            if error.errno == errno.ETOOMANYREFS:
+                raise too_many_files(error) from error
             why = gone(self.task)
             self._loop.post(lambda: self._end(why))
         return True
@@ -217,26 +241,37 @@ class Channel:
                 return
             while self._queue:
                 data, fds = self._queue[0]
-                if not self._try_send(data, fds):
-                    break
+                try:
+                    if not self._try_send(data, fds):
+                        break
+                except MappingError as error:  # those in flight are this very peer's
+                    self._drop(str(error))
+                    return
                 close_all(fds)
+                self._queued_fds -= len(fds)
                 self._queue.popleft()
             self._loop.want(self._sock.fileno(), write=bool(self._queue))
 
     def request(
         self,
         message: Any,
+        kind: type[_T],
         fds: Sequence[int] = (),
         timeout: float | None = 5.0,
         undo: Callable[[Any], None] | None = None,
-    ) -> tuple[Any, list[int]]:
-        """Send what has an `id`, and wait for its answer: (answer, its descriptors).
+    ) -> tuple[_T, list[int]]:
+        """Send what has an `id`, and wait for its answer of that kind: (answer, its descriptors).
 
         `undo` is called with an answer that comes when no one waits for it any more.
 
         Raises
         ------
-        TimedOutError, PeerGoneError, ClosedError
+        TimedOutError
+            No answer came in time (ETIMEDOUT); or too many messages wait for the peer as it is,
+            and nothing was sent (ENOBUFS).
+        PeerGoneError, ClosedError
+        ProtocolError
+            It answered what is no answer to this; the connection was ended.
         MemdescError
             What the other side answered instead.
         """
@@ -248,31 +283,51 @@ class Channel:
         with self._lock:
             self._pending[message.id] = pending
         try:
-            self.send(message, fds)
-            answered = pending.done.wait(timeout)
-        except BaseException:
-            self._give_up(message.id, pending, undo)
-            raise
-        if not answered:
-            self._give_up(message.id, pending, undo)
-            if pending.answer is None:
+            if not self._put(message, fds):
+                raise TimedOutError(
+                    f"task {self.task.pid} does not read: {len(self._queue):,} messages wait for "
+                    f"it, so {type(message).__name__} was not sent (stopped?)",
+                    errno=errno.ENOBUFS,
+                )
+            if not pending.done.wait(timeout) and self._give_up(message.id, undo):
                 raise TimedOutError(
                     f"task {self.task.pid} did not answer {type(message).__name__} within "
                     f"{timeout} s (stopped, or busy holding the interpreter lock?)",
                     errno=errno.ETIMEDOUT,
                 )
-        if pending.answer is None:
-            raise self._gone_again()
-        if isinstance(pending.answer, protocol.Failed):
-            close_all(pending.fds)
-            raise rebuilt(pending.answer)
-        return pending.answer, pending.fds
+        except BaseException:
+            self._give_up(message.id, undo)
+            if pending.answer is not None:  # it came, and nobody will see it
+                close_all(pending.fds)
+                (undo or _ignore)(pending.answer)
+            raise
+        return self._checked(pending, kind)
 
-    def _give_up(self, number: int, pending: _Pending, undo: Callable[[Any], None] | None) -> None:
+    def _checked(self, pending: _Pending, kind: type[_T]) -> tuple[_T, list[int]]:
+        answer, fds = pending.answer, pending.fds
+        if answer is None:
+            raise self._gone_again()
+        if isinstance(answer, kind):
+            return answer, fds
+        close_all(fds)
+        if isinstance(answer, protocol.Failed):
+            raise rebuilt(answer)
+        error = ProtocolError(
+            f"task {self.task.pid} answered {type(answer).__name__}, not {kind.__name__}",
+            errno=errno.EPROTO,
+        )
+        self._loop.post(lambda: self._end(error))
+        raise error
+
+    def _give_up(self, number: int, undo: Callable[[Any], None] | None) -> bool:
+        """Wait no longer for an answer; False if it came, or the connection ended, meanwhile."""
         with self._lock:
-            waiting = self._pending.pop(number, None) is not None
-            if waiting and self._gone is None:
-                self._late[number] = undo or _ignore
+            if self._pending.pop(number, None) is None:
+                return False
+            self._late[number] = undo or _ignore
+            if len(self._late) > _LATE_LIMIT:
+                self._drop(f"it answered none of {_LATE_LIMIT:,} requests")
+            return True
 
     def next_id(self) -> int:
         """Give a number that no other request of this side has."""
@@ -329,24 +384,19 @@ class Channel:
         with self._lock:
             pending = self._pending.pop(answer.id, None)
             undo = self._late.pop(answer.id, None)
-        if pending is not None:
-            if lost:
-                answer = protocol.Failed(
-                    answer.id,
-                    "MappingError",
-                    "descriptors sent with the answer did not arrive: this process has none left "
-                    "(raise `ulimit -n`)",
-                    errno.EMFILE,
-                    MappingReason.TOO_MANY_FILES.name,
-                )
-            pending.fds = list(fds)
-            fds.clear()
-            pending.answer = answer
-            pending.done.set()
-        elif undo is not None:
-            undo(answer)
-        else:
+            if pending is not None:
+                if lost:
+                    close_all(fds)
+                    fds.clear()
+                    answer = failed(answer.id, too_many_files(None))
+                pending.fds = list(fds)
+                fds.clear()
+                pending.answer = answer
+                pending.done.set()
+                return
+        if undo is None:
             raise ProtocolError(f"an answer to {answer.id}, which was not asked")
+        undo(answer)
 
     def _answer(self, number: int, work: Callable[[], tuple[Any, list[int]]]) -> None:
         """Do what was asked; send the answer and its descriptors, or what went wrong.
@@ -356,27 +406,63 @@ class Channel:
         fds: list[int] = []
         try:
             answer, fds = work()
+            self._send_if_there(answer, fds)
         except ProtocolError:
             raise
-        except MemdescError as error:
-            reason = getattr(error, "reason", None)
-            answer = protocol.Failed(
-                number,
-                type(error).__name__,
-                error.message[:4096],
-                error.errno,
-                reason.name if reason is not None else None,
-            )
-        except BufferError as error:
-            answer = protocol.Failed(number, "BufferError", str(error)[:4096])
+        except (MemdescError, BufferError) as error:
+            self._send_if_there(failed(number, error))
         except OSError as error:
             text = f"task {os.getpid()}: {describe_errno(error)}"
-            answer = protocol.Failed(number, "MemdescError", text, error.errno)
-        try:
-            with contextlib.suppress(PeerGoneError, ClosedError):
-                self.send(answer, fds)
+            self._send_if_there(failed(number, MemdescError(text, errno=error.errno)))
+        except Exception:
+            text = f"task {os.getpid()} failed to answer: its log has the reason"
+            self._send_if_there(failed(number, MemdescError(text)))
+            raise  # to the loop, which logs it
         finally:
             close_all(fds)
+
+    def _send_if_there(self, answer: Any, fds: Sequence[int] = ()) -> None:
+        with contextlib.suppress(PeerGoneError, ClosedError):
+            self.send(answer, fds)
+
+
+class _Life:
+    """The descriptors of a connection: its socket, and a pidfd of the task at the other end."""
+
+    def __init__(self, sock: sockets.socket, task: Task) -> None:
+        self.sock = sock
+        try:
+            self.pidfd = os.dup(task.fileno())
+        except OSError as error:
+            raise no_descriptor(f"watch task {task.pid}", error) from error
+
+    def end(self, io: Loop) -> None:
+        """End the connection. On the I/O thread."""
+        io.forget(self.sock.fileno())
+        io.forget(self.pidfd)
+        # The peer is to see the end also where a fork child holds the socket still.
+        with contextlib.suppress(OSError):  # ENOTCONN: the peer was first
+            self.sock.shutdown(sockets.SHUT_RDWR)
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the descriptors, without a word to the peer."""
+        self.sock.close()
+        pidfd, self.pidfd = self.pidfd, -1
+        if pidfd >= 0:
+            os.close(pidfd)
+
+
+def duplicates(fds: Sequence[int]) -> list[int]:
+    """Duplicate descriptors, all or none; `MappingError` TOO_MANY_FILES."""
+    made: list[int] = []
+    try:
+        for fd in fds:
+            made.append(os.dup(fd))
+    except OSError as error:
+        close_all(made)
+        raise too_many_files(error) from error
+    return made
 
 
 def gone(task: Task) -> PeerGoneError:
@@ -385,32 +471,10 @@ def gone(task: Task) -> PeerGoneError:
     )
 
 
-def rebuilt(failed: protocol.Failed) -> BaseException:
-    """Make an exception of what a peer says failed; only classes of the family come through."""
-    if failed.error == "BufferError":
-        return BufferError(failed.message)
-    kind = getattr(errors, failed.error, None) if failed.error in errors.__all__ else None
-    if not (isinstance(kind, type) and issubclass(kind, MemdescError)):
-        return ProtocolError(f"the peer answered {failed.error}: {failed.message}")
-    if issubclass(kind, MappingError):
-        known = failed.reason in MappingReason.__members__
-        reason = MappingReason[failed.reason] if known else MappingReason.REFUSED  # type: ignore[misc]
-        return kind(failed.message, reason=reason, errno=failed.errno)
-    if issubclass(kind, errors.WiringError):
-        return ProtocolError(f"the peer answered {failed.error}: {failed.message}")
-    return kind(failed.message, errno=failed.errno)
-
-
 def _ignore(_: Any) -> None:
     """What undoes an answer that changed nothing."""
 
 
-def _abandon(io: Loop, sock: sockets.socket, task: Task) -> None:
-    """Close the socket of a connection that was dropped without close()."""
-
-    def close() -> None:
-        io.forget(sock.fileno())
-        io.forget(task.fileno())
-        sock.close()
-
-    io.post(close)
+def _abandon(io: Loop, life: _Life) -> None:
+    """Close the descriptors of a connection that was dropped without close()."""
+    io.post(lambda: life.end(io))

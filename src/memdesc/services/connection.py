@@ -19,12 +19,13 @@ from memdesc.errors import (
     ProtocolError,
     ServiceNotFoundError,
     ShareNotFoundError,
+    TaskGoneError,
     TimedOutError,
 )
-from memdesc.handover import close_all, unpack
+from memdesc.handover import unpack
 from memdesc.mapping import LocalMemoryMap
 from memdesc.services import folder, protocol
-from memdesc.services.channel import rebuilt
+from memdesc.services.failures import rebuilt
 from memdesc.services.peer import Peer
 from memdesc.vm.pages import Access
 from memdesc.vm.task import Task
@@ -46,8 +47,10 @@ class Connection(Peer):
     Threads: safe. Fork: the connection stays the parent's; the child must connect again.
     """
 
-    def __init__(self, name: str, sock: sockets.socket, task: Task, mapping_limit: int) -> None:
-        super().__init__(sock, task, mapping_limit)
+    def __init__(
+        self, name: str, sock: sockets.socket, task: Task, mapping_limit: int, allow_copy: bool
+    ) -> None:
+        super().__init__(sock, task, mapping_limit, allow_copy)
         self.name = name
         self._welcomed = threading.Event()
         self._refused: protocol.Failed | None = None
@@ -55,9 +58,11 @@ class Connection(Peer):
     def shares(self, timeout: float | None = 5.0) -> list[protocol.Share]:
         """List what the service shares with this client."""
         found: list[protocol.Share] = []
+        until = None if timeout is None else time.monotonic() + timeout
         while True:
             request = protocol.ListShares(self.next_id(), len(found))
-            answer, _ = self.request(request, timeout=timeout)
+            left = None if until is None else max(until - time.monotonic(), 0)
+            answer, _ = self.request(request, protocol.Shares, timeout=left)
             found += answer.shares
             if not answer.more or not answer.shares:
                 return found
@@ -123,28 +128,28 @@ class Connection(Peer):
         self, name: str, timeout: float | None
     ) -> tuple[ReceivedMemoryDescriptor, protocol.Share]:
         answer, fds = self._ask_for(name, timeout)
-        if not isinstance(answer, protocol.Opened):
-            close_all(fds)
-            raise ProtocolError(f"the service answered {type(answer).__name__} to OpenShare")
         descriptor = unpack(answer.portable, fds)
-        if descriptor.length != answer.share.nbytes:
+        share = answer.share
+        if (share.nbytes, share.writable) != (descriptor.length, descriptor.max_access.writable):
             descriptor.close()
             raise ProtocolError(
-                f"{name!r} is said to have {answer.share.nbytes:,} bytes, "
-                f"{descriptor.length:,} came",
+                f"{name!r} is said to have {share.nbytes:,} bytes, writable: {share.writable}; "
+                f"what came has {descriptor.length:,}, {descriptor.max_access.value}",
                 errno=errno.EPROTO,
             )
         descriptor.name = name
-        return descriptor, answer.share
+        return descriptor, share
 
-    def _ask_for(self, name: str, timeout: float | None) -> tuple[Any, list[int]]:
+    def _ask_for(self, name: str, timeout: float | None) -> tuple[protocol.Opened, list[int]]:
         """Ask until it is shared: a service exists a moment before it shares what it is for."""
+        protocol.check_name(name)
         until = None if timeout is None else time.monotonic() + timeout
         pause = 0.002
         while True:
             left = None if until is None else max(until - time.monotonic(), 0.05)
             try:
-                return self.request(protocol.OpenShare(self.next_id(), name), timeout=left)
+                question = protocol.OpenShare(self.next_id(), name)
+                return self.request(question, protocol.Opened, timeout=left)
             except ShareNotFoundError:
                 if until is not None and time.monotonic() + pause > until:
                     raise
@@ -196,7 +201,13 @@ class Connection(Peer):
         return f"<Connection to {self.name!r}: {state}>"
 
 
-def connect(name: str, *, timeout: float | None = 5.0, mapping_limit: int = 4096) -> Connection:
+def connect(
+    name: str,
+    *,
+    timeout: float | None = 5.0,
+    mapping_limit: int = 4096,
+    allow_copy: bool = False,
+) -> Connection:
     """Connect to a service, waiting for it to appear.
 
     Parameters
@@ -207,6 +218,9 @@ def connect(name: str, *, timeout: float | None = 5.0, mapping_limit: int = 4096
         Seconds in all to wait for the service to appear and to answer; None waits for ever.
     mapping_limit : int
         How many mappings the service may make in this task at a time; 0 refuses all.
+    allow_copy : bool
+        Let the service copy this task's memory through the connection (copyin, copyout) where the
+        kernel denies it the direct way. It may then read and write any of it.
 
     Returns
     -------
@@ -221,16 +235,24 @@ def connect(name: str, *, timeout: float | None = 5.0, mapping_limit: int = 4096
         The socket, or the service's rule, does not admit this user (EACCES).
     TimedOutError
         It is there but does not answer.
+    PeerGoneError
+        It ended, or had no file descriptor left for us, while we greeted it.
+    AllocationError
+        This process has no file descriptor left (EMFILE).
     """
     until = None if timeout is None else time.monotonic() + timeout
     folder.open_folder(name)
     sock = _reach(name, until, timeout)
     try:
-        task = Task.from_socket(sock)
+        connection = Connection(name, sock, Task.from_socket(sock), mapping_limit, allow_copy)
+    except TaskGoneError as error:
+        sock.close()
+        raise PeerGoneError(
+            f"service {name!r} ended as we connected to it", errno=errno.ECONNRESET
+        ) from error
     except BaseException:
         sock.close()
         raise
-    connection = Connection(name, sock, task, mapping_limit)
     try:
         connection._greet(None if until is None else max(until - time.monotonic(), 0.05))
     except BaseException:
@@ -244,13 +266,19 @@ def _reach(name: str, until: float | None, timeout: float | None) -> sockets.soc
     path = folder.socket_path(name)
     pause = 0.002
     while True:
-        sock = sockets.socket(sockets.AF_UNIX, sockets.SOCK_SEQPACKET | sockets.SOCK_NONBLOCK)
+        sock = folder.new_socket()
         try:
             sock.connect(os.fspath(path))
             return sock
         except (FileNotFoundError, ConnectionRefusedError, BlockingIOError) as error:
             sock.close()
             if until is not None and time.monotonic() + pause > until:
+                if isinstance(error, BlockingIOError):
+                    raise TimedOutError(
+                        f"service {name!r} took no connection within {timeout} s: its queue of "
+                        "those who wait is full (stopped?)",
+                        errno=errno.ETIMEDOUT,
+                    ) from error
                 raise ServiceNotFoundError(
                     f"no service {name!r} appeared within {timeout} s (no one listens at {path}): "
                     "start it, or check the name and MEMDESC_RUNTIME_DIR",

@@ -22,7 +22,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from memdesc.errors import AccessDeniedError, InvalidArgument, NameInUseError, TimedOutError
+from memdesc.errors import (
+    AccessDeniedError,
+    AllocationError,
+    InvalidArgument,
+    MemdescError,
+    NameInUseError,
+    TimedOutError,
+    describe_errno,
+)
+from memdesc.services.failures import no_descriptor
+from memdesc.services.loop import Loop
 
 _PATH_MAX = 107
 """Bytes of a Unix socket's path (sun_path, less its NUL)."""
@@ -63,7 +73,7 @@ def open_folder(name: str) -> None:
     if "/" in name:
         return
     folder = runtime_folder()
-    with contextlib.suppress(FileExistsError):
+    with _explained(folder), contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700, parents=True)
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
@@ -84,7 +94,12 @@ def open_folder(name: str) -> None:
 @contextlib.contextmanager
 def locked(folder: Path, timeout: float = 5.0) -> Iterator[None]:
     """Hold the folder's lock. It goes with this process, however it ends."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise no_descriptor(f"lock {folder}", error) from error
+        raise
     try:
         until = time.monotonic() + timeout
         while True:
@@ -103,54 +118,137 @@ def locked(folder: Path, timeout: float = 5.0) -> Iterator[None]:
         os.close(fd)
 
 
-def listen(name: str, *, for_all: bool) -> tuple[sockets.socket, Path]:
-    """Take a name: (listening socket, its path).
+class Listener:
+    """A listening socket under a name, and what it takes to give both up.
 
     Raises
     ------
     NameInUseError
-        A living service has it (EADDRINUSE).
+        A living service has the name (EADDRINUSE).
+    InvalidArgument
+        The folder of the path does not exist (ENOENT, ENOTDIR).
+    AccessDeniedError
+        It is not ours to make a socket in (EACCES, EROFS).
     """
-    open_folder(name)
-    path = socket_path(name)
-    sock = sockets.socket(sockets.AF_UNIX, sockets.SOCK_SEQPACKET | sockets.SOCK_NONBLOCK)
-    try:
+
+    def __init__(self, name: str, *, for_all: bool) -> None:
+        open_folder(name)
+        self.path = socket_path(name)
+        self.sock = new_socket()
+        self._spare: int | None = None
+        try:
+            self._keep_spare()
+            with _explained(self.path):
+                self._bind(for_all)
+            self._inode = self.path.lstat().st_ino
+        except BaseException:
+            self.close()
+            raise
+
+    def _bind(self, for_all: bool) -> None:
         # The file that bind makes takes its mode from the socket: never open, not for an instant.
-        os.fchmod(sock.fileno(), 0o666 if for_all else 0o600)
-        with locked(path.parent):
-            if path.is_socket() and _is_dead(path):
-                path.unlink(missing_ok=True)
+        os.fchmod(self.sock.fileno(), 0o600)
+        with locked(self.path.parent):
+            if self.path.is_socket() and _is_dead(self.path):
+                self.path.unlink(missing_ok=True)
             try:
-                sock.bind(os.fspath(path))
+                self.sock.bind(os.fspath(self.path))
             except OSError as error:
                 if error.errno == errno.EADDRINUSE:
                     raise NameInUseError(
-                        f"{path} is taken by a living service (or is no socket): choose another "
-                        "name, or end that service",
+                        f"{self.path} is taken by a living service (or is no socket): choose "
+                        "another name, or end that service",
                         errno=errno.EADDRINUSE,
                     ) from error
                 raise
-            sock.listen(128)
-    except BaseException:
-        sock.close()
-        raise
-    return sock, path
+            if for_all:
+                self.path.chmod(0o666)  # here, since the umask would take from what bind makes
+            self.sock.listen(128)
+
+    def turn_away(self) -> None:
+        """Take one client in and close it with the descriptor kept for this (EMFILE).
+
+        Else it would wait for ever, and epoll with it.
+        """
+        if self._spare is not None:
+            os.close(self._spare)
+            self._spare = None
+        else:
+            time.sleep(0.01)  # another thread was faster; epoll asks again at once
+        with contextlib.suppress(OSError):
+            self.sock.accept()[0].close()
+        with contextlib.suppress(AllocationError):
+            self._keep_spare()
+
+    def _keep_spare(self) -> None:
+        try:
+            self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise no_descriptor("keep a spare descriptor", error) from error
+
+    def remove_name(self) -> None:
+        """Remove the socket file if it is still ours.
+
+        While we listen nobody sweeps it, so this needs no lock, and waits for nobody.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            if self.path.lstat().st_ino == self._inode:
+                self.path.unlink()
+
+    def end(self, io: Loop) -> None:
+        """Listen no longer. On the I/O thread."""
+        io.forget(self.sock.fileno())
+        # Those who wait are to see the end also where a fork child holds the socket still.
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(sockets.SHUT_RDWR)
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the descriptors alone."""
+        self.sock.close()
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            os.close(spare)
 
 
-def remove(path: Path, inode: int) -> None:
-    """Remove the socket file of a service that ends, if it is still that service's."""
-    with contextlib.suppress(FileNotFoundError), locked(path.parent):
-        if path.lstat().st_ino == inode:
-            path.unlink()
+def new_socket(kind: sockets.SocketKind = sockets.SOCK_SEQPACKET) -> sockets.socket:
+    """Make a Unix socket that never waits."""
+    try:
+        return sockets.socket(sockets.AF_UNIX, kind | sockets.SOCK_NONBLOCK)
+    except OSError as error:
+        raise no_descriptor("make a socket", error) from error
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Say in the family's terms why a socket can not be made there."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InvalidArgument(
+            f"the folder {path.parent} does not exist: make it first", errno=error.errno
+        ) from error
+    except OSError as error:
+        if isinstance(error, MemdescError):
+            raise
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise no_descriptor(f"make {path}", error) from error
+        raise AccessDeniedError(
+            f"user {os.geteuid()} can not make {path}: {describe_errno(error)}", errno=error.errno
+        ) from error
 
 
 def _is_dead(path: Path) -> bool:
-    """Whether no one listens to a socket file (ECONNREFUSED), whoever it was."""
-    with sockets.socket(sockets.AF_UNIX, sockets.SOCK_SEQPACKET | sockets.SOCK_NONBLOCK) as probe:
+    """Whether no living process has the socket of a file (ECONNREFUSED), whoever it was.
+
+    A datagram socket can not be connected to a service's: the kernel says EPROTOTYPE where there
+    is one, and the service, which may be stopped or busy, does not even notice.
+    """
+    with new_socket(sockets.SOCK_DGRAM) as probe:
         try:
             probe.connect(os.fspath(path))
         except ConnectionRefusedError:
             return True
         except OSError:
-            return False  # EAGAIN: its backlog is full; EACCES, EPROTOTYPE: not one of ours
+            return False  # EPROTOTYPE: it lives; EACCES: not ours to tell
         return False

@@ -4,7 +4,9 @@ A daemon, started with the first of them, never at import. It answers pushed map
 deaths, and delivers answers while the program computes. Handlers run on it one after the other
 and must not wait for a peer.
 
-Fork: the child has neither thread nor sockets; what it inherited of them is closed there.
+Fork: waits until the thread is between two handlers, so that the child finds no lock held by a
+thread that it has not got. The child has neither thread nor sockets; what it inherited of them is
+closed there.
 """
 
 from __future__ import annotations
@@ -20,9 +22,15 @@ from collections.abc import Callable
 from typing import Protocol
 
 from memdesc import mapping
+from memdesc.errors import ClosedError
+from memdesc.services.failures import no_descriptor
 
 log = logging.getLogger("memdesc.services")
 THREAD_NAME = "memdesc-io"
+
+_FORK_WAITS = 10.0
+"""Seconds that a fork waits for a handler to end. One that takes longer waits for this very
+thread (which forks with a lock in its hands): then going on is the lesser evil."""
 
 
 class Forked(Protocol):
@@ -40,8 +48,13 @@ class Loop:
         self._posted: deque[Callable[[], None]] = deque()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._selector.register(self._wake, selectors.EVENT_READ, self._drain)
+        self._handling = threading.RLock()
         self._thread = threading.Thread(target=self._run, name=THREAD_NAME, daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:
+            self.forked()
+            raise
 
     @property
     def here(self) -> bool:
@@ -49,25 +62,32 @@ class Loop:
         return threading.current_thread() is self._thread
 
     def post(self, call: Callable[[], None]) -> None:
-        """Have something called on the I/O thread, soon."""
+        """Have something called on the I/O thread, soon. Takes no lock: finalizers may."""
         self._posted.append(call)
         os.eventfd_write(self._wake, 1)
 
     def run(self, call: Callable[[], None]) -> None:
-        """Have something called on the I/O thread, and wait until it was."""
+        """Have something called on the I/O thread, and wait until it was; raises what it raises."""
         if self.here:
             call()
             return
         done = threading.Event()
+        raised: list[BaseException] = []
 
         def then() -> None:
             try:
                 call()
+            except BaseException as error:  # noqa: BLE001 (it goes to the thread that asked)
+                raised.append(error)
             finally:
                 done.set()
 
         self.post(then)
-        done.wait()
+        while not done.wait(1.0):
+            if not self._thread.is_alive():  # somebody closed the descriptors under it
+                raise ClosedError("the I/O thread of this process has ended")
+        if raised:
+            raise raised[0]
 
     def watch(self, fd: int, call: Callable[[int], None]) -> None:
         """Call with the ready events (EVENT_READ, EVENT_WRITE) of a descriptor. I/O thread only."""
@@ -92,15 +112,25 @@ class Loop:
 
     def _run(self) -> None:
         while True:
-            for key, events in self._selector.select():
-                self._call(key.data, events)
+            ready = self._selector.select()
+            with self._handling:
+                for key, events in ready:
+                    self._call(key.data, events)
 
     def _call(self, call: Callable[..., None], *args: int) -> None:
         """One handler's bug must not end the thread that all connections of the process need."""
         try:
             call(*args)
-        except Exception:
+        except BaseException:
             log.exception("loop.handler_failed")
+
+    def before_fork(self) -> bool:
+        """Wait until no handler runs, and let none run until the fork is over."""
+        return self._handling.acquire(timeout=_FORK_WAITS)
+
+    def after_fork(self) -> None:
+        """In the parent: handlers may run again."""
+        self._handling.release()
 
     def forked(self) -> None:
         """Close what the child inherited of the epoll and its wake-up."""
@@ -112,17 +142,24 @@ _loop: Loop | None = None
 _lock = threading.Lock()
 _inherited: weakref.WeakSet[Forked] = weakref.WeakSet()
 _hooked = False
+_held: dict[int, Loop] = {}
+"""By thread: the loop that it holds while it forks."""
 
 
 def loop() -> Loop:
-    """Give the process's I/O thread, started now if need be."""
+    """Give the process's I/O thread, started now if need be; `AllocationError` on EMFILE."""
     global _loop, _hooked
     with _lock:
         if _loop is None:
-            _loop = Loop()
+            try:
+                _loop = Loop()
+            except OSError as error:
+                raise no_descriptor("start the I/O thread", error) from error
         if not _hooked:
             _hooked = True
-            os.register_at_fork(after_in_child=_after_fork)
+            os.register_at_fork(
+                before=_before_fork, after_in_parent=_after_fork, after_in_child=_in_child
+            )
         return _loop
 
 
@@ -131,8 +168,20 @@ def tell_if_forked(what: Forked) -> None:
     _inherited.add(what)
 
 
+def _before_fork() -> None:
+    if _loop is not None and _loop.before_fork():
+        _held[threading.get_ident()] = _loop
+
+
 def _after_fork() -> None:
+    held = _held.pop(threading.get_ident(), None)
+    if held is not None:
+        held.after_fork()
+
+
+def _in_child() -> None:
     global _loop, _lock
+    _held.clear()
     _lock = threading.Lock()
     mapping.forget_carriers()
     for what in list(_inherited):

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
+import selectors
 import socket as sockets
 import threading
 import time
@@ -17,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from memdesc.copyio import register_copier, unregister_copier
 from memdesc.errors import (
     ClosedError,
     InvalidArgument,
@@ -40,10 +43,14 @@ from memdesc.mapping import (
     map_extents,
     remove_carrier,
 )
+from memdesc.memory.memfd import MemoryObject
+from memdesc.memory.page_kinds import meminfo
 from memdesc.services import protocol
 from memdesc.services.channel import Channel
+from memdesc.services.copier import PeerCopier, read_own, write_own
+from memdesc.services.failures import too_many_files
 from memdesc.vm.pages import Access
-from memdesc.vm.regions import find_holes, regions_in
+from memdesc.vm.regions import find_holes, regions, regions_in
 from memdesc.vm.task import Task
 
 
@@ -55,20 +62,31 @@ class Peer(Channel):
     task : Task
         At the other end, held by pidfd.
     mapping_limit : int
-        How many mappings that task may have pushed into this one at a time.
+        How many ranges that task may have mapped into this one at a time. A mapping is one, or
+        as many as the pieces that it was put together from.
+    allow_copy : bool
+        Whether that task may copy this one's memory through the connection.
     """
 
-    def __init__(self, sock: sockets.socket, task: Task, mapping_limit: int) -> None:
+    def __init__(
+        self, sock: sockets.socket, task: Task, mapping_limit: int, allow_copy: bool
+    ) -> None:
         super().__init__(sock, task)
         self.mapping_limit = mapping_limit
+        self.allow_copy = allow_copy
         self._arrived = threading.Condition(self._lock)
         self._in_peer: set[int] = set()
         self._pushed: dict[int, LocalMemoryMap] = {}
+        self._sizes: dict[int, int] = {}  # ranges of each
         self._unseen: deque[LocalMemoryMap] = deque()
 
     def start(self) -> None:
-        """Begin to be served, and to be a way to map into the task."""
+        """Begin to be served, and to be a way to map into the task and to copy its memory."""
         add_carrier(self)
+        copier = PeerCopier(self)
+        register_copier(self.task, copier)
+        self._no_copier = weakref.finalize(self, unregister_copier, self.task, copier)
+        self._no_copier.atexit = False
         super().start()
 
     def forked(self) -> None:
@@ -79,9 +97,11 @@ class Peer(Channel):
 
     def _ended(self, why: MemdescError) -> None:
         remove_carrier(self)
+        self._no_copier()
         with self._arrived:
             self._in_peer.clear()
             self._pushed.clear()
+            self._sizes.clear()
             self._arrived.notify_all()
 
     def _handle(self, message: Any, fds: list[int], lost: bool) -> None:
@@ -91,6 +111,10 @@ class Peer(Channel):
             self._answer(message.id, lambda: self._unmap_for_peer(message))
         elif isinstance(message, protocol.ReleaseMapping):
             self._release_for_peer(message.token)
+        elif isinstance(message, protocol.ReadMemory):
+            self._answer(message.id, lambda: read_own(message, allowed=self.allow_copy))
+        elif isinstance(message, protocol.WriteMemory):
+            self._answer(message.id, lambda: write_own(message, allowed=self.allow_copy))
         elif isinstance(message, protocol.MappingEnded):
             with self._lock:
                 self._in_peer.discard(message.token)
@@ -108,6 +132,8 @@ class Peer(Channel):
         fds.clear()
         extents = take(push.pieces, taken, access)
         try:
+            if push.prefault:
+                _check_allocated(extents)
             placement = Placement(push.at_address, push.guard_pages, push.prefault)
             window = map_extents(extents, access, placement)
         finally:
@@ -123,6 +149,7 @@ class Peer(Channel):
         )
         with self._arrived:
             self._pushed[push.token] = mapping
+            self._sizes[push.token] = len(extents)
             self._unseen.append(mapping)
             self._arrived.notify_all()
         return protocol.Mapped(push.id, mapping.address), []
@@ -137,10 +164,21 @@ class Peer(Channel):
             )
         if push.token in self._pushed:
             raise ProtocolError(f"mapping {push.token} is there already")
-        if len(self._pushed) >= self.mapping_limit:
+        ranges = self._ranges + len(push.pieces)
+        if ranges > self.mapping_limit:
             raise MappingError(
-                f"task {os.getpid()} takes {self.mapping_limit} mappings from one connection, and "
-                "has them: unmap some, or let it say mapping_limit=…",
+                f"task {os.getpid()} takes {self.mapping_limit} mapped ranges from one connection, "
+                f"these would be {ranges}: unmap some, or let it say mapping_limit=…",
+                reason=MappingReason.REFUSED,
+                errno=errno.EDQUOT,
+            )
+        nbytes = sum(length for _, _, length in push.pieces) + sum(
+            mapping.length for mapping in list(self._pushed.values())
+        )
+        if nbytes > _memory_size():
+            raise MappingError(
+                f"task {os.getpid()} would have {nbytes:,} bytes mapped from one connection, more "
+                f"than the {_memory_size():,} that this machine has",
                 reason=MappingReason.REFUSED,
                 errno=errno.EDQUOT,
             )
@@ -149,16 +187,26 @@ class Peer(Channel):
         mapping = self._pushed.get(pull.token)
         if mapping is not None:
             mapping.unmap()
-            self._pushed.pop(pull.token, None)
+            self._strike(pull.token)
         return protocol.Done(pull.id), []
 
     def _release_for_peer(self, token: int) -> None:
-        mapping = self._pushed.pop(token, None)
+        mapping = self._strike(token)
         if mapping is not None:
-            with self._lock:
-                if mapping in self._unseen:
-                    self._unseen.remove(mapping)
             mapping._let_go()
+
+    def _strike(self, token: int) -> LocalMemoryMap | None:
+        """Strike a mapping that was pushed here from the books; None where it is not in them."""
+        with self._lock:
+            mapping = self._pushed.pop(token, None)
+            self._sizes.pop(token, None)
+            if mapping is not None and mapping in self._unseen:
+                self._unseen.remove(mapping)
+            return mapping
+
+    @property
+    def _ranges(self) -> int:
+        return sum(self._sizes.values())
 
     def mappings(self) -> list[LocalMemoryMap]:
         """List the mappings that the other side has made in this task."""
@@ -200,6 +248,8 @@ class Peer(Channel):
         timeout: float | None,
     ) -> RemoteMemoryMap:
         """Have the other side map extents; see `MemoryDescriptor.create_mapping_in_task`."""
+        if placement.prefault:
+            _allocate(extents)
         pieces, fds = self._give(extents, access, enforced)
         push = protocol.PushMapping(
             id=self.next_id(),
@@ -212,23 +262,21 @@ class Peer(Channel):
             guard_pages=placement.guard_pages,
             prefault=placement.prefault,
         )
+        with self._lock:
+            self._in_peer.add(push.token)  # now: its end may be told before we see its beginning
         try:
-            answer, _ = self.request(push, fds, timeout, undo=self._undo_push(push.token))
-        except TimedOutError as error:
-            raise MappingError(
-                f"{error}; nothing is left mapped there when it wakes",
-                reason=MappingReason.NOT_ANSWERING,
-                errno=errno.ETIMEDOUT,
-            ) from error
-        except (PeerGoneError, ClosedError) as error:
-            raise MappingError(
-                str(error), reason=MappingReason.PEER_GONE, errno=errno.ECONNRESET
-            ) from error
+            answer = self._push(push, fds, timeout)
+        except BaseException:
+            with self._lock:
+                self._in_peer.discard(push.token)
+            raise
         finally:
             close_all(fds)
-        with self._lock:
-            self._in_peer.add(push.token)
-        verified = self._check_claim(answer.address, extents, access)
+        try:
+            verified = self._check_claim(push.token, answer.address, extents, access)
+        except BaseException:
+            self.release_in_peer(push.token)
+            raise
         return RemoteMemoryMap(
             self,
             push.token,
@@ -239,6 +287,23 @@ class Peer(Channel):
             verified=verified,
             owner=owner,
         )
+
+    def _push(
+        self, push: protocol.PushMapping, fds: Sequence[int], timeout: float | None
+    ) -> protocol.Mapped:
+        undo = self._undo_push(push.token)
+        try:
+            return self.request(push, protocol.Mapped, fds, timeout, undo=undo)[0]
+        except TimedOutError as error:
+            raise MappingError(
+                f"{error}; nothing is left mapped there when it wakes",
+                reason=MappingReason.NOT_ANSWERING,
+                errno=errno.ETIMEDOUT,
+            ) from error
+        except (PeerGoneError, ClosedError, ProtocolError) as error:
+            raise MappingError(
+                str(error), reason=MappingReason.PEER_GONE, errno=errno.ECONNRESET
+            ) from error
 
     def _undo_push(self, token: int) -> Callable[[Any], None]:
         """What is done about a mapping that was made when no one waited for it any more."""
@@ -260,14 +325,35 @@ class Peer(Channel):
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
-            raise MappingError(
-                "this process has no file descriptor left: close some, or raise `ulimit -n`",
-                reason=MappingReason.TOO_MANY_FILES,
-                errno=error.errno,
-            ) from error
+            raise too_many_files(error) from error
 
-    def _check_claim(self, address: int, extents: Sequence[Extent], access: Access) -> bool | None:
-        """Look into the task's maps for what it says it did; None where we may not look."""
+    def _check_claim(
+        self, token: int, address: int, extents: Sequence[Extent], access: Access
+    ) -> bool | None:
+        """Look into the task's maps for what it says it did; None where we may not look.
+
+        None too where its program has ended the mapping meanwhile, and said so.
+        """
+        try:
+            return self._compare_claim(address, extents, access)
+        except MappingError:
+            # What it told us before it unmapped lies in the socket at the latest.
+            self._loop.run(lambda: self._ready(selectors.EVENT_READ))
+            still_there = self.has_mapping(token) and self._has_memory()
+            if still_there:
+                raise
+            return None
+
+    def _has_memory(self) -> bool:
+        """False once the task is ending: its address space goes before it is called dead."""
+        try:
+            return bool(regions(self.task))
+        except (NotPrivilegedError, TaskGoneError):
+            return False
+
+    def _compare_claim(
+        self, address: int, extents: Sequence[Extent], access: Access
+    ) -> bool | None:
         at = address
         try:
             for extent in extents:
@@ -305,7 +391,8 @@ class Peer(Channel):
     def unmap_in_peer(self, token: int, timeout: float | None) -> None:
         """Have the other side unmap; `BufferError` while its program holds views."""
         try:
-            self.request(protocol.PullMapping(self.next_id(), token), timeout=timeout)
+            pull = protocol.PullMapping(self.next_id(), token)
+            self.request(pull, protocol.Done, timeout=timeout)
         except (PeerGoneError, ClosedError):
             return  # and its mappings with it
         except TimedOutError as error:
@@ -336,7 +423,42 @@ class _Ended:
 
     def __call__(self) -> None:
         peer = self._peer()
-        if peer is None or peer._pushed.pop(self._token, None) is None:
+        if peer is None or peer._strike(self._token) is None:
             return
         with contextlib.suppress(PeerGoneError, ClosedError):
             peer.send(protocol.MappingEnded(self._token))
+
+
+def _check_allocated(extents: Sequence[Extent]) -> None:
+    """Refuse to fault in pages that their owner has not paid for: they would be charged to us."""
+    nbytes = sum(extent.length for extent in extents)
+    paid = sum(_allocated(one) for one in {id(e.object): e.object for e in extents}.values())
+    if paid < nbytes:
+        raise MappingError(
+            f"prefault of {nbytes:,} bytes in task {os.getpid()}, of which their owner has "
+            f"allocated {paid:,}: touch them there first",
+            reason=MappingReason.REFUSED,
+            errno=errno.EDQUOT,
+        )
+
+
+def _allocate(extents: Sequence[Extent]) -> None:
+    """Allocate the pages of memory that is to be faulted in at the other side."""
+    for extent in extents:
+        if _allocated(extent.object) < extent.object.size:
+            map_extents([extent], Access.READ_ONLY, Placement(prefault=True))
+
+
+def _allocated(object_: MemoryObject) -> int:
+    fd = object_.open(Access.READ_ONLY)
+    try:
+        return os.fstat(fd).st_blocks * 512
+    finally:
+        os.close(fd)
+
+
+@functools.cache
+def _memory_size() -> int:
+    """Bytes of memory and swap that the machine has."""
+    found = meminfo()
+    return found["MemTotal"] + found["SwapTotal"]

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import msgspec
 
+from memdesc.errors import InvalidArgument
 from memdesc.portable import Natural, Piece, Portable
 
 VERSION = 1
@@ -19,7 +20,8 @@ MAX_MESSAGE = 128 * 1024
 MAX_COPY = 64 * 1024
 """Bytes of another task's memory that one message carries at most."""
 
-Name = Annotated[str, msgspec.Meta(max_length=1024)]
+MAX_NAME = 1024
+Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME)]
 Text = Annotated[str, msgspec.Meta(max_length=8192)]
 Shape = Annotated[tuple[Natural, ...], msgspec.Meta(max_length=64)]
 
@@ -186,3 +188,20 @@ Answer = Shares | Opened | Mapped | MemoryRead | MemoryWritten | Done | Failed
 
 encode = msgspec.msgpack.Encoder().encode
 decode = msgspec.msgpack.Decoder(Message).decode
+
+
+def check_name(name: str) -> str:
+    """Give a share's name back if it can travel, else raise `InvalidArgument`."""
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not _can_be_encoded(name):
+        raise InvalidArgument(
+            f"a share's name is text of 1 to {MAX_NAME:,} characters, not {str(name)[:80]!r}"
+        )
+    return name
+
+
+def _can_be_encoded(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # lone surrogates
+        return False
+    return True

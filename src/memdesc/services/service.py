@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
-import socket as sockets
 import threading
 import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, final
 
 from memdesc.descriptors.base import MemoryDescriptor
@@ -25,7 +22,7 @@ from memdesc.errors import (
     TimedOutError,
 )
 from memdesc.services import folder, protocol
-from memdesc.services.loop import loop, tell_if_forked
+from memdesc.services.loop import Loop, loop, tell_if_forked
 from memdesc.services.user_client import UserClient
 from memdesc.vm.pages import Access
 from memdesc.vm.task import Task
@@ -36,6 +33,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("memdesc.services")
 
 Allow = Callable[[Task], bool]
+
+_STRANGERS = 128
+"""Clients that may be connected without having greeted; one more, and the oldest goes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,15 +105,12 @@ class Service:
         self._shares: dict[str, _Shared] = {}
         self._clients: list[UserClient] = []
         self._unseen: list[UserClient] = []
-        self._strangers: set[UserClient] = set()
+        self._strangers: dict[UserClient, None] = {}  # that have not greeted; oldest first
         self._closed = False
         self._loop = loop()
-        self._sock, self.path = folder.listen(name, for_all=allow is not None)
-        self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
-        inode = self.path.lstat().st_ino
-        self._finalizer = weakref.finalize(
-            self, _abandon, self._loop, self._sock, self._spare, self.path, inode, os.getpid()
-        )
+        self._listener = folder.Listener(name, for_all=allow is not None)
+        self.path = self._listener.path
+        self._finalizer = weakref.finalize(self, _abandon, self._loop, self._listener)
         tell_if_forked(self)
         this = weakref.ref(self)
 
@@ -122,7 +119,7 @@ class Service:
             if service is not None:
                 service._accept()
 
-        self._loop.run(lambda: self._loop.watch(self._sock.fileno(), ready))
+        self._loop.run(lambda: self._loop.watch(self._listener.sock.fileno(), ready))
 
     # -- sharing ---------------------------------------------------------------------------------
 
@@ -161,6 +158,7 @@ class Service:
         RangeError, InvalidArgument
             The array does not fit, or can not travel.
         """
+        protocol.check_name(name)
         access = descriptor.max_access if access is None else Access(access)
         if not access.within(descriptor.max_access):
             raise SealedError(
@@ -184,8 +182,11 @@ class Service:
     def unshare(self, name: str) -> None:
         """Share it no longer; clients keep what they have mapped."""
         with self._lock:
+            self._check_open()
             if self._shares.pop(name, None) is None:
-                raise ShareNotFoundError(f"service {self.name!r} shares no {name!r}")
+                raise ShareNotFoundError(
+                    f"service {self.name!r} shares no {name!r}", errno=errno.ENOENT
+                )
 
     def shares(self) -> list[protocol.Share]:
         """List what is shared."""
@@ -225,51 +226,48 @@ class Service:
             return task.credentials.uid == os.geteuid()
         try:
             return bool(self._allow(task))
-        except Exception:
+        except BaseException:
             log.exception("service.rule_failed", extra={"service": self.name})
             return False
 
     # -- on the I/O thread -----------------------------------------------------------------------
 
     def _accept(self) -> None:
+        if self._closed:
+            return
         try:
-            sock, _ = self._sock.accept()
+            sock, _ = self._listener.sock.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
             return
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
-            self._turn_away()
+            log.warning("service.no_descriptors", extra={"service": self.name})
+            self._listener.turn_away()
             return
         try:
-            task = Task.from_socket(sock)
+            client = UserClient(self, sock, Task.from_socket(sock), self.mapping_limit)
+            client.start()
         except (MemdescError, OSError) as error:  # it has gone already, or we have no descriptor
             log.debug("service.client_lost", extra={"service": self.name, "why": str(error)})
             sock.close()
             return
-        client = UserClient(self, sock, task, self.mapping_limit)
         with self._lock:
-            self._strangers.add(client)
-        client.start()
-
-    def _turn_away(self) -> None:
-        """Accept and close with the descriptor kept for it, else epoll would wake us for ever."""
-        log.warning("service.no_descriptors", extra={"service": self.name})
-        os.close(self._spare)
-        with contextlib.suppress(OSError):
-            self._sock.accept()[0].close()
-        self._spare = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+            self._strangers[client] = None
+            oldest = next(iter(self._strangers)) if len(self._strangers) > _STRANGERS else None
+        if oldest is not None:
+            oldest._drop(f"it did not greet while {_STRANGERS} others came")
 
     def _joined(self, client: UserClient) -> None:
         with self._joining:
-            self._strangers.discard(client)
+            self._strangers.pop(client, None)
             self._clients.append(client)
             self._unseen.append(client)
             self._joining.notify_all()
 
     def _left(self, client: UserClient) -> None:
         with self._joining:
-            self._strangers.discard(client)
+            self._strangers.pop(client, None)
             for books in (self._clients, self._unseen):
                 if client in books:
                     books.remove(client)
@@ -302,12 +300,17 @@ class Service:
             if self._closed:
                 return
             self._closed = True
-            clients = [*self._clients, *self._strangers]
             self._shares.clear()
             self._joining.notify_all()
-        for client in clients:
-            client.close()
-        self._loop.run(self._finalizer)
+        self._finalizer.detach()
+        try:
+            self._listener.remove_name()
+        finally:
+            self._loop.run(lambda: self._listener.end(self._loop))
+            with self._lock:  # now nobody comes any more
+                clients = [*self._clients, *self._strangers]
+            for client in clients:
+                client.close()
 
     def forked(self) -> None:
         """In a fork child: the service stays the parent's."""
@@ -316,8 +319,7 @@ class Service:
         self._finalizer.detach()
         if not self._closed:
             self._closed = True
-            self._sock.close()
-            os.close(self._spare)
+            self._listener.close()
         self._clients.clear()
         self._unseen.clear()
         self._strangers.clear()
@@ -338,7 +340,7 @@ def _allows(shared: _Shared, client: UserClient) -> bool:
         return True
     try:
         return bool(shared.allow(client.task))
-    except Exception:
+    except BaseException:
         log.exception("service.rule_failed", extra={"share": shared.name})
         return False
 
@@ -362,14 +364,9 @@ def _check_layout(
     return view.shape, kind.str
 
 
-def _abandon(io: Any, sock: sockets.socket, spare: int, path: Path, inode: int, pid: int) -> None:
-    """Give up the name and the descriptors, also when the service was dropped without close()."""
-
-    def close() -> None:
-        io.forget(sock.fileno())
-        sock.close()
-        os.close(spare)
-
-    if os.getpid() == pid:
-        folder.remove(path, inode)
-        io.post(close)
+def _abandon(io: Loop, listener: folder.Listener) -> None:
+    """Give up the name and the descriptors of a service that was dropped without close()."""
+    try:
+        listener.remove_name()
+    finally:
+        io.post(lambda: listener.end(io))

@@ -37,7 +37,7 @@ class UserClient(Peer):
     def __init__(
         self, service: Service, sock: sockets.socket, task: Task, mapping_limit: int
     ) -> None:
-        super().__init__(sock, task, mapping_limit)
+        super().__init__(sock, task, mapping_limit, allow_copy=False)
         self.admitted = False
         self._service: Service | None = service
 
@@ -82,10 +82,15 @@ class UserClient(Peer):
     def _list(
         self, service: Service, request: protocol.ListShares
     ) -> tuple[protocol.Shares, list[int]]:
-        shares = service._visible_to(self)
-        end = request.start + _SHARES_AT_ONCE
-        page = tuple(shares[request.start : end])
-        return protocol.Shares(request.id, page, end < len(shares)), []
+        shares = service._visible_to(self)[request.start :]
+        page: list[protocol.Share] = []
+        room = protocol.MAX_MESSAGE - 1024
+        for share in shares[:_SHARES_AT_ONCE]:
+            room -= len(protocol.encode(share))
+            if room < 0:
+                break
+            page.append(share)
+        return protocol.Shares(request.id, tuple(page), len(page) < len(shares)), []
 
     def _open(
         self, service: Service, request: protocol.OpenShare

@@ -16,6 +16,11 @@ import pytest
 
 from memdesc.testing import LeakKind, leak_guard
 
+# The suite that ships tells as much about a failed assert as a test module does.
+pytest.register_assert_rewrite(
+    "memdesc.testing.conformance", "memdesc.testing._kind", "memdesc.testing._mapping"
+)
+
 _failed = pytest.StashKey[bool]()
 
 

@@ -26,13 +26,8 @@ from memdesc import (
     receive_descriptor,
     send_descriptor,
 )
-
-pytest.register_assert_rewrite(
-    "memdesc.testing.conformance", "memdesc.testing._kind", "memdesc.testing._mapping"
-)
-
-from memdesc.testing import conformance as suite  # noqa: E402
-from memdesc.vm.pages import page_span, round_page  # noqa: E402
+from memdesc.testing import conformance as suite
+from memdesc.vm.pages import page_span, round_page
 
 Runs = list[tuple[int, int]]
 SHIFT = 60

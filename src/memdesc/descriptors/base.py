@@ -95,7 +95,7 @@ class MemoryDescriptor(Mappable):
         return bytes(into)
 
     def write_bytes(self, offset: int, data: Buffer) -> None:
-        """Copy bytes in. Nothing is clipped: out of range is `RangeError`.
+        """Copy bytes in. Nothing is clipped: out of range is `RangeError`, and nothing written.
 
         Raises
         ------
@@ -110,18 +110,26 @@ class MemoryDescriptor(Mappable):
         self._check_open()
         source = bytes_of(data)
         offset, length = check_range(offset, source.nbytes, self.length, "the descriptor")
-        self._check_writable("written")
         if length:
+            self._check_store(offset, length)
             self._store(offset, source)
 
-    def _store(self, offset: int, source: memoryview) -> None:
-        target = memoryview(self)
-        if target.readonly:
+    def _check_store(self, offset: int, length: int) -> None:
+        """Raise if not all of a range can be written, before any of it is."""
+        self._check_open()
+        self._check_writable("written")
+        if self._is_sealed():
             raise SealedError(
                 f"{self.name!r} is read-only in this task: only its owner writes it",
                 errno=errno.EACCES,
             )
-        _core.copy_memory(target[offset : offset + source.nbytes], source)
+
+    def _is_sealed(self) -> bool:
+        """Whether this task can not write it."""
+        return memoryview(self).readonly
+
+    def _store(self, offset: int, source: memoryview) -> None:
+        _core.copy_memory(memoryview(self)[offset : offset + source.nbytes], source)
 
     def _check_writable(self, doing: str) -> None:
         if self._prepared and self._prepared[0] is Direction.OUT:

@@ -101,10 +101,16 @@ class MultiMemoryDescriptor(MemoryDescriptor):
             member.read_bytes(at, nbytes) for member, at, nbytes in self._parts(offset, length)
         )
 
+    def _check_store(self, offset: int, length: int) -> None:
+        self._check_open()
+        self._check_writable("written")
+        for member, at, nbytes in self._parts(offset, length):
+            member._check_store(at, nbytes)
+
     def _store(self, offset: int, source: memoryview) -> None:
         done = 0
         for member, at, nbytes in self._parts(offset, source.nbytes):
-            member.write_bytes(at, source[done : done + nbytes])
+            member._store(at, source[done : done + nbytes])
             done += nbytes
 
     def page_counts(self) -> PageCounts:

@@ -9,7 +9,6 @@ from typing import final
 
 from memdesc import _core
 from memdesc.descriptors.base import MemoryDescriptor
-from memdesc.errors import SealedError
 from memdesc.mapping import Extent, check_range
 from memdesc.memory.memfd import ForeignObject
 from memdesc.vm.pages import Access, Direction
@@ -76,11 +75,10 @@ class ReceivedMemoryDescriptor(MemoryDescriptor):
                 self._window = self.map()._export()
             return self._window
 
+    def _is_sealed(self) -> bool:
+        return not self.max_access.writable
+
     def _store(self, offset: int, source: memoryview) -> None:
-        if not self.max_access.writable:
-            raise SealedError(
-                f"{self.name!r} was given read-only: only its owner writes it", errno=errno.EACCES
-            )
         done = 0
         for extent in self._extents(offset, source.nbytes, Access.READ_WRITE):
             fd = extent.object.open(Access.READ_WRITE)

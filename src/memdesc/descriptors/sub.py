@@ -76,8 +76,13 @@ class SubMemoryDescriptor(MemoryDescriptor):
             return _core.Window(whole.memory, whole.offset + start, self._length, whole.writable)
         return whole[start : start + self._length]
 
+    def _check_store(self, offset: int, length: int) -> None:
+        self._check_open()
+        self._check_writable("written")
+        self.parent._check_store(self._within(offset), length)
+
     def _store(self, offset: int, source: memoryview) -> None:
-        self.parent.write_bytes(self._within(offset), source)
+        self.parent._store(self._within(offset), source)
 
     def read_bytes(self, offset: int = 0, length: int | None = None) -> bytes:
         """Copy bytes out of the parent; see `MemoryDescriptor.read_bytes`."""

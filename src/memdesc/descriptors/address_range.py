@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, final
 
 from memdesc import _core
-from memdesc.copyio import copyin, copyout
+from memdesc.copyio import bytes_of, copyin, copyout
 from memdesc.descriptors.base import MemoryDescriptor, PageCounts
 from memdesc.errors import (
     InvalidArgument,
@@ -305,19 +305,14 @@ class PythonBufferDescriptor(MemoryDescriptor):
 
     Parameters
     ----------
-    buffer : contiguous buffer
-        Of at least one byte.
+    buffer : buffer
+        Contiguous (in C's order, if it has several dimensions), of at least one byte.
     direction : Direction
     """
 
     def __init__(self, buffer: Buffer, direction: Direction) -> None:
-        view = memoryview(buffer)
-        if not view.contiguous:
-            raise InvalidArgument(
-                "the buffer is not contiguous: describe a contiguous copy, or its parts"
-            )
-        check_length(view.nbytes, "the buffer's length")
-        self._view = view.cast("B") if view.ndim != 1 or view.format != "B" else view
+        self._view = bytes_of(buffer)
+        check_length(self._view.nbytes, "the buffer's length")
         self.address = _core.buffer_address(self._view)[0]
         super().__init__(direction, type(buffer).__name__)
 

@@ -76,7 +76,7 @@ def map_shared(victim: Victim, fd: int, prot: int) -> _core.MappedMemory:
 
 READ, READ_WRITE = _core.PROT_READ, _core.PROT_READ | _core.PROT_WRITE
 
-# -- by the descriptor and the mapping that were given ----------------------------------------------
+# -- by the descriptor and the mapping that were given ---------------------------------
 
 
 def map_given_writable(v: Victim) -> None:
@@ -195,7 +195,7 @@ def answer_faults(v: Victim) -> None:
         os.close(fd)
 
 
-# -- by another opening of it, writable --------------------------------------------------------------
+# -- by another opening of it, writable ---------------------------------
 
 
 def reopen_truncating(v: Victim) -> None:
@@ -334,7 +334,7 @@ def open_path_then_write(v: Victim) -> None:
         os.close(path)
 
 
-# -- what is allowed, and is harmless -----------------------------------------------------------------
+# -- what is allowed, and is harmless ---------------------------------
 
 
 def write_private_copy(v: Victim) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import shutil
 import socket
 import subprocess
@@ -137,18 +138,19 @@ def offered(how: str, folder: Path, buffer: BufferMemoryDescriptor) -> Iterator[
         listener.bind(str(path))
         path.chmod(0o666)
         listener.listen(1)
-        listener.settimeout(60)
-        thread = threading.Thread(target=_send_once, args=(listener, buffer))
+        stop = os.eventfd(0)
+        thread = threading.Thread(target=_send_once, args=(listener, stop, buffer))
         thread.start()
         try:
             yield path
         finally:
-            listener.shutdown(socket.SHUT_RDWR)  # wakes the thread, should no client have come
+            os.eventfd_write(stop, 1)
             thread.join(60)
+            os.close(stop)
 
 
-def _send_once(listener: socket.socket, buffer: BufferMemoryDescriptor) -> None:
-    with contextlib.suppress(OSError):  # shut down: no client came
+def _send_once(listener: socket.socket, stop: int, buffer: BufferMemoryDescriptor) -> None:
+    if listener in select.select([listener, stop], [], [], 60)[0]:
         sock, _ = listener.accept()
         with sock:
             sock.settimeout(60)

@@ -83,7 +83,8 @@ def open_folder(name: str) -> None:
             "MEMDESC_RUNTIME_DIR",
             errno=errno.EACCES,
         )
-    entries = [entry for entry in folder.iterdir() if entry.is_socket()]
+    with _explained(folder):
+        entries = [entry for entry in folder.iterdir() if entry.is_socket()]
     if entries:
         with locked(folder):
             for entry in entries:
@@ -221,7 +222,7 @@ def new_socket(kind: sockets.SocketKind = sockets.SOCK_SEQPACKET) -> sockets.soc
 
 @contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Say in the family's terms why a socket can not be made there."""
+    """Say in the family's terms why a socket or its folder can not be had there."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -232,9 +233,9 @@ def _explained(path: Path) -> Iterator[None]:
         if isinstance(error, MemdescError):
             raise
         if error.errno in (errno.EMFILE, errno.ENFILE):
-            raise no_descriptor(f"make {path}", error) from error
+            raise no_descriptor(f"use {path}", error) from error
         raise AccessDeniedError(
-            f"user {os.geteuid()} can not make {path}: {describe_errno(error)}", errno=error.errno
+            f"user {os.geteuid()} can not use {path}: {describe_errno(error)}", errno=error.errno
         ) from error
 
 

@@ -143,7 +143,13 @@ class Task:
         NotPrivilegedError
             Its process has no pid in this process's pid namespace (EPERM).
         """
-        shown = _pid_of_pidfd(pidfd)
+        try:
+            shown = _pid_of_pidfd(pidfd)
+        except InvalidArgument:
+            raise
+        except BaseException:  # EMFILE: it may well be one, so it is ours
+            os.close(pidfd)
+            raise
         task = cls.__new__(cls)
         task._pidfd = pidfd  # the task's own from here on
         try:

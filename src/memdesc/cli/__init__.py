@@ -1,1 +1,27 @@
-"""The command line: `memdesc COMMAND`. Needs the `cli` extra (click, rich)."""
+"""The command line: `memdesc COMMAND`. Needs the `cli` extra (click, rich).
+
+`commands` holds the commands; `demo` the main job, with its acts (`demo_acts`), its comparison
+(`demo_compare`), the programs that both start (`demo_client`, `demo_worker`), how they are spoken
+with (`demo_processes`), what is read of the kernel (`demo_kernel`), the files (`demo_files`) and
+the screen (`demo_screen`). Only `commands` and `demo_screen` import click and rich.
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line; exit status 2 and the remedy where the `cli` extra is missing."""
+    try:
+        from memdesc.cli.commands import memdesc
+    except ModuleNotFoundError as error:
+        if error.name not in ("click", "rich"):
+            raise
+        print(
+            f"memdesc: the command line needs {error.name}, which is not installed: "
+            "pip install 'memdesc[cli]'",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    memdesc()

@@ -1,0 +1,59 @@
+"""The commands, as click knows them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+import click
+
+from memdesc import __version__
+from memdesc.cli.demo import run
+from memdesc.cli.demo_files import UnusableFile
+from memdesc.cli.demo_screen import Screen
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message="memdesc %(version)s")
+def memdesc() -> None:
+    """Memory descriptors: other processes use the very same pages, without copying."""
+
+
+@memdesc.command()
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path), metavar="[FILE]...")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout; told on stderr.")
+@click.option(
+    "--clients",
+    type=click.IntRange(1, 16),
+    default=4,
+    show_default=True,
+    help="Client processes in the comparison.",
+)
+def demo(files: tuple[Path, ...], as_json: bool, clients: int) -> None:
+    """Show the main job on live processes, then compare it with what the library replaces.
+
+    Brings FILEs (or large files that it finds on this machine) into shared buffers. Exit status:
+    0 if all that was claimed held, 1 if something did not (it is named), 2 for unusable FILEs.
+    """
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGHUP, _stop)
+    screen = Screen(to_stderr=as_json)
+    try:
+        report = run(list(files), clients, screen)
+    except UnusableFile as error:
+        print(f"memdesc demo: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("memdesc demo: interrupted; all that it had started was ended", file=sys.stderr)
+        sys.exit(130)
+    if as_json:
+        print(json.dumps(report, indent=2))
+    sys.exit(1 if report["failed"] else 0)
+
+
+def _stop(number: int, _: FrameType | None) -> None:
+    """End by way of every `finally`, as Ctrl-C does."""
+    sys.exit(128 + number)

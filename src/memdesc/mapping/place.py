@@ -17,6 +17,8 @@ from memdesc.errors import InvalidArgument, MappingError, MappingReason, describ
 from memdesc.memory.memfd import MemoryObject
 from memdesc.vm.pages import MAX_LENGTH, Access, check_integer, page_size, round_page, trunc_page
 
+_LOWEST = Path("/proc/sys/vm/mmap_min_addr")
+
 
 @dataclass(frozen=True, slots=True)
 class Extent:
@@ -217,6 +219,8 @@ def _why(error: OSError, placement: Placement) -> tuple[MappingReason, str]:
         return MappingReason.ADDRESS_IN_USE, f"something lies at {at:#x}: choose another address"
     if number in (errno.EMFILE, errno.ENFILE):
         return MappingReason.TOO_MANY_FILES, "close descriptors or raise `ulimit -n`"
+    if number == errno.EPERM and _is_forbidden(placement.at_address):
+        return MappingReason.NO_SPACE, "the fixed address is below vm.mmap_min_addr"
     if number in (errno.EPERM, errno.EACCES):
         return MappingReason.ACCESS, "the seals or the rights of the object forbid it"
     if number == errno.ENOMEM:
@@ -233,3 +237,8 @@ def _why(error: OSError, placement: Placement) -> tuple[MappingReason, str]:
     if number == errno.EINVAL and placement.at_address is not None:
         return MappingReason.NO_SPACE, "the fixed address is outside the task's address space"
     return MappingReason.NO_MEMORY, "the pages could not be had"
+
+
+def _is_forbidden(address: int | None) -> bool:
+    """Whether an address is among the lowest, which are for CAP_SYS_RAWIO alone."""
+    return address is not None and address < int(_LOWEST.read_text())

@@ -6,7 +6,7 @@ import errno
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,19 @@ class Cgroup:
         """Set its limit; below what it holds the kernel first reclaims."""
         name = "memory.limit_in_bytes" if self.version == 1 else "memory.max"
         (self.folder / name).write_text(str(nbytes))
+
+    def squeeze(self, nbytes: int) -> None:
+        """Make about `nbytes` leave, in steps that the kernel can follow; the limit ends lower."""
+        goal = self.used() - nbytes
+        for _ in range(200):
+            if self.used() <= goal:
+                return
+            (self.folder / "memory.stat").read_text()  # or reclaim goes by counts 2 s old
+            with suppress(OSError):  # EBUSY, EAGAIN: it could not reclaim that much at once
+                if self.version == 1:
+                    self.limit(max(self.used() - (4 << 20), goal))
+                else:  # lowering the limit could kill there
+                    (self.folder / "memory.reclaim").write_text(str(4 << 20))
 
     def forbid_swap(self) -> None:
         """Let nothing of it go to swap, where the kernel counts that."""

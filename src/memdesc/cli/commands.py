@@ -23,7 +23,9 @@ def memdesc() -> None:
 
 
 @memdesc.command()
-@click.argument("files", nargs=-1, type=click.Path(readable=False, path_type=Path), metavar="[FILE]...")
+@click.argument(
+    "files", nargs=-1, type=click.Path(readable=False, path_type=Path), metavar="[FILE]..."
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout; told on stderr.")
 @click.option(
     "--clients",

@@ -283,12 +283,12 @@ class Channel:
         with self._lock:
             self._pending[message.id] = pending
         try:
-            if not self._put(message, fds):
-                raise TimedOutError(
-                    f"task {self.task.pid} does not read: {len(self._queue):,} messages wait for "
-                    f"it, so {type(message).__name__} was not sent (stopped?)",
-                    errno=errno.ENOBUFS,
-                )
+            self._ask(message, fds)
+        except BaseException:
+            with self._lock:  # nothing was sent
+                self._pending.pop(message.id, None)
+            raise
+        try:
             if not pending.done.wait(timeout) and self._give_up(message.id, undo):
                 raise TimedOutError(
                     f"task {self.task.pid} did not answer {type(message).__name__} within "
@@ -302,6 +302,14 @@ class Channel:
                 (undo or _ignore)(pending.answer)
             raise
         return self._checked(pending, kind)
+
+    def _ask(self, message: Any, fds: Sequence[int]) -> None:
+        if not self._put(message, fds):
+            raise TimedOutError(
+                f"task {self.task.pid} does not read: {len(self._queue):,} messages wait for "
+                f"it, so {type(message).__name__} was not sent (stopped?)",
+                errno=errno.ENOBUFS,
+            )
 
     def _checked(self, pending: _Pending, kind: type[_T]) -> tuple[_T, list[int]]:
         answer, fds = pending.answer, pending.fds

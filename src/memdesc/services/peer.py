@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import os
 import selectors
 import socket as sockets
@@ -49,9 +48,12 @@ from memdesc.services import protocol
 from memdesc.services.channel import Channel
 from memdesc.services.copier import PeerCopier, read_own, write_own
 from memdesc.services.failures import too_many_files
-from memdesc.vm.pages import Access
+from memdesc.vm.pages import Access, page_size
 from memdesc.vm.regions import find_holes, regions, regions_in
 from memdesc.vm.task import Task
+
+_physical = os.sysconf("SC_PHYS_PAGES") * page_size
+"""Bytes of memory: no less is refused, so the kernel need not be asked each time."""
 
 
 class Peer(Channel):
@@ -175,7 +177,7 @@ class Peer(Channel):
         nbytes = sum(length for _, _, length in push.pieces) + sum(
             mapping.length for mapping in list(self._pushed.values())
         )
-        if nbytes > _memory_size():
+        if nbytes > _physical and nbytes > _memory_size():
             raise MappingError(
                 f"task {os.getpid()} would have {nbytes:,} bytes mapped from one connection, more "
                 f"than the {_memory_size():,} that this machine has",
@@ -457,8 +459,7 @@ def _allocated(object_: MemoryObject) -> int:
         os.close(fd)
 
 
-@functools.cache
 def _memory_size() -> int:
-    """Bytes of memory and swap that the machine has."""
+    """Bytes of memory and swap that the machine has now."""
     found = meminfo()
     return found["MemTotal"] + found["SwapTotal"]

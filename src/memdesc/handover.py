@@ -258,6 +258,7 @@ def receive_descriptor(sock: sockets.socket) -> ReceivedMemoryDescriptor:
         while len(data) < _PREFIX.size + length:
             more, extra = receive_with_fds(sock, _PREFIX.size + length - len(data), 1)
             fds += extra
+            _check_count(fds)
             data += more
         try:
             portable = msgspec.msgpack.decode(data[_PREFIX.size :], type=portable_type())
@@ -306,6 +307,7 @@ def receive_with_fds(sock: sockets.socket, most: int, least: int) -> tuple[bytes
             piece, came, truncated = receive_once(sock, most - len(data))
             fds += came
             data += piece
+            _check_count(fds)
             if truncated:
                 raise ProtocolError(
                     "descriptors sent with the message did not arrive: this process has none "
@@ -324,6 +326,15 @@ def receive_with_fds(sock: sockets.socket, most: int, least: int) -> tuple[bytes
         close_all(fds)
         raise
     return data, fds
+
+
+def _check_count(fds: Sequence[int]) -> None:
+    """Stop a peer that sends descriptors with every byte, before it fills this process's table."""
+    if len(fds) > MAX_OBJECTS:
+        raise ProtocolError(
+            f"{len(fds)} descriptors came with one message, which carries {MAX_OBJECTS} at most",
+            errno=errno.EPROTO,
+        )
 
 
 def receive_once(sock: sockets.socket, most: int) -> tuple[bytes, list[int], bool]:

@@ -170,6 +170,15 @@ def test_a_grant_has_a_description_of_its_own_which_a_lease_sees() -> None:
     memory.close()
 
 
+def test_the_owner_s_own_view_is_nobody_else_to_a_lease() -> None:
+    with BufferMemoryDescriptor(SIZE) as buffer, no_lease_kills():
+        assert lease(buffer.memory.fileno()) == 0
+        other = buffer.map(access=Access.READ_ONLY, unique=True)
+        assert lease(buffer.memory.fileno()) == errno.EAGAIN
+        del other
+        assert lease(buffer.memory.fileno()) == 0
+
+
 def test_a_grant_is_open_for_no_more_than_was_granted() -> None:
     for max_access, mode in [(Access.READ_ONLY, os.O_RDONLY), (Access.READ_WRITE, os.O_RDWR)]:
         memory = owned(max_access=max_access)

@@ -9,6 +9,7 @@ from typing import final
 
 from memdesc import _core
 from memdesc.descriptors.base import MemoryDescriptor
+from memdesc.errors import SealedError, describe_errno
 from memdesc.mapping import Extent, check_range
 from memdesc.memory.memfd import ForeignObject
 from memdesc.vm.pages import Access, Direction
@@ -87,6 +88,12 @@ class ReceivedMemoryDescriptor(MemoryDescriptor):
                 while at < extent.length:
                     piece = source[done + at : done + extent.length]
                     at += os.pwrite(fd, piece, extent.offset + at)
+            except PermissionError as error:
+                raise SealedError(
+                    f"{self.name!r} was given for writing, and sealed since: "
+                    f"{describe_errno(error)}; {done + at:,} of {source.nbytes:,} bytes written",
+                    errno=error.errno,
+                ) from error
             finally:
                 os.close(fd)
             done += extent.length

@@ -157,8 +157,11 @@ class OwnedObject:
         return fcntl.fcntl(self.fileno(), fcntl.F_GET_SEALS)
 
     def open(self, access: Access) -> int:
-        """Re-open for a mapping in the owner's own task."""
-        return reopen(self.fileno(), access)
+        """Give a descriptor for a mapping in the owner's own task.
+
+        The owner's writable view shares its description: then a lease tells of others only.
+        """
+        return os.dup(self.fileno()) if access.writable else reopen(self.fileno(), access)
 
     def grant(self, access: Access, *, enforced: bool = True, user: int) -> int:
         """Re-open for another task of user id `user`, sealed as the lifecycle says."""

@@ -371,7 +371,7 @@ def test_shared_pages_count_once() -> None:
             os._exit(0)
         try:
             until = time.monotonic() + 10
-            while demo_kernel.memory_of([pid]).shared < size // 3:  # it has touched them all
+            while demo_kernel.memory_of([pid]).shared < size // 2:  # it has touched them all
                 assert time.monotonic() < until
                 time.sleep(0.01)
             both = demo_kernel.memory_of([os.getpid(), pid])

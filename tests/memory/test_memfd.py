@@ -493,3 +493,18 @@ def test_huge_memory_as_the_kernel_shows_it() -> None:
         assert (received.page_size, received.max_access) == (huge, Access.READ_ONLY)
         received.close()
         memory.close()
+
+
+def test_a_fixed_address_is_of_the_memory_s_own_pages() -> None:
+    huge = PageKind.HUGE.page_size
+    with huge_pages(1), BufferMemoryDescriptor(huge, pages=PageKind.HUGE) as buffer:
+        place = _core.reserve_memory(3 * huge).address
+        aligned = place + -place % huge
+        with pytest.raises(MappingError) as caught:
+            buffer.map(unique=True, at_address=aligned + page_size)
+        assert caught.value.reason is MappingReason.ADDRESS_UNALIGNED
+        assert caught.value.errno == errno.EINVAL
+        with buffer.map(unique=True, at_address=aligned) as mapping:
+            assert mapping.address == aligned
+        del mapping, caught
+    del buffer

@@ -91,6 +91,13 @@ def map_extents(
             errno=errno.ENOMEM,
         )
     granule = max(extent.object.page_size for extent in extents)
+    if placement.at_address is not None and placement.at_address % granule:
+        raise MappingError(
+            f"fixed address {placement.at_address:#x} is not a multiple of {granule:,} bytes, the "
+            "size of a page of this memory",
+            reason=MappingReason.ADDRESS_UNALIGNED,
+            errno=errno.EINVAL,
+        )
     prot = _core.PROT_READ | (_core.PROT_WRITE if access.writable else 0)
     with explained(size, placement):
         guard = placement.guard_pages * page_size

@@ -17,6 +17,7 @@ from memory_cgroup import ENTER, memory_cgroup
 from memdesc import (
     AllocationError,
     BufferMemoryDescriptor,
+    InvalidArgument,
     MappingError,
     MappingReason,
     PageKind,
@@ -124,6 +125,23 @@ def test_a_cgroup_over_its_limit_leaves_nothing(monkeypatch: pytest.MonkeyPatch)
 def test_the_machine_is_a_limit_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "memory_cgroups", list)
     assert 0 < available().nbytes <= meminfo()["MemTotal"]
+
+
+@pytest.mark.parametrize("nbytes", [1 << 50, 1 << 62, 2**63 - page_size])
+def test_more_than_the_machine_has_is_refused(nbytes: int) -> None:
+    with pytest.raises(AllocationError) as caught:
+        BufferMemoryDescriptor(nbytes)
+    error = caught.value
+    assert error.errno == errno.ENOMEM
+    assert error.requested == nbytes
+    assert error.available is not None
+    assert 0 <= error.available < nbytes
+    assert isinstance(error, MemoryError)
+
+
+def test_a_length_that_no_page_can_hold() -> None:
+    with pytest.raises(InvalidArgument):
+        BufferMemoryDescriptor(2**63 - 1)
 
 
 # ── A real cgroup ────────────────────────────────────────────────────────────────────────────

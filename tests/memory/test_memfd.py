@@ -238,23 +238,6 @@ def test_no_descriptor_left(last: int) -> None:
 # ── Reserved or refused ──────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("nbytes", [1 << 50, 1 << 62, 2**63 - page_size])
-def test_more_than_the_machine_has_is_refused(nbytes: int) -> None:
-    with pytest.raises(AllocationError) as caught:
-        BufferMemoryDescriptor(nbytes)
-    error = caught.value
-    assert error.errno == errno.ENOMEM
-    assert error.requested == nbytes
-    assert error.available is not None
-    assert 0 <= error.available < nbytes
-    assert isinstance(error, MemoryError)
-
-
-def test_a_length_that_no_page_can_hold() -> None:
-    with pytest.raises(InvalidArgument):
-        BufferMemoryDescriptor(2**63 - 1)
-
-
 def test_what_the_kernel_refuses_half_way_gives_all_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memfd, "_STEP", page_size)
     with failing("fallocate", errno.ENOSPC, after=3) as fault:

@@ -106,6 +106,17 @@ def test_mincore_tells_the_pages_that_are_resident() -> None:
 # --- Windows: the exporter of buffers ---------------------------------------------------------
 
 
+def test_a_window_is_made_once_and_never_without_memory() -> None:
+    window = _core.Window(shared(), 0, page_size, True)
+    view, address = memoryview(window), window.address
+    window.__init__(shared(), 0, 1, False)  # type: ignore[misc]
+    assert (window.address, window.nbytes, window.writable) == (address, page_size, True)
+    view[-1] = 7  # would be SIGSEGV, were the memory another
+    assert is_mapped(address)
+    with pytest.raises(TypeError):
+        _core.Window.__new__(_core.Window)
+
+
 def test_exports_are_counted() -> None:
     window = _core.Window(shared(), 0, 100, True)
     assert window.exports == 0

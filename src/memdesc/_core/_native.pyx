@@ -135,6 +135,7 @@ cdef char *BYTES = "B"  # unsigned bytes, in the notation of the struct module
 
 
 @cython.final
+@cython.no_gc_clear  # else the collector could take the memory from under a view in its garbage
 cdef class Window:
     """The bytes of some mapped memory that Python may see: the one exporter of buffers.
 
@@ -147,7 +148,8 @@ cdef class Window:
     cdef readonly bint writable
     cdef readonly Py_ssize_t exports
 
-    def __init__(self, MappedMemory memory not None, size_t offset, size_t nbytes, bint writable):
+    # Not __init__, which could be called again under the views, or not at all.
+    def __cinit__(self, MappedMemory memory not None, size_t offset, size_t nbytes, bint writable):
         if offset > memory.length or nbytes > memory.length - offset:
             raise ValueError("Window: outside the mapped range")
         self.memory = memory

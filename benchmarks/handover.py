@@ -21,8 +21,9 @@ import time
 from multiprocessing import shared_memory
 from multiprocessing.connection import Connection
 
-import memdesc as md
 from common import finish, summary
+
+import memdesc as md
 
 MIB = 1 << 20
 SIZES = {"1 MiB": MIB, "64 MiB": 64 * MIB, "1 GiB": 1024 * MIB}

@@ -5,6 +5,7 @@ import os
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 from core_tools import ANYWHERE, READ_WRITE, is_mapped, memfd, shared
 from hypothesis import given, strategies as st
@@ -178,8 +179,6 @@ def test_views_keep_the_memory_when_all_else_is_gone() -> None:
 
 
 def test_numpy_arrays_keep_the_memory() -> None:
-    import numpy as np
-
     window = _core.Window(shared(), 0, page_size, True)
     address = window.address
     array = np.frombuffer(window, "u4")[1::2]
@@ -242,6 +241,22 @@ def test_the_views_of_an_exporter_are_its_windows() -> None:
     assert gone() is None
     view[:] = b"view"
     assert bytes(view) == b"view"
+
+
+def test_an_array_over_an_exporter_is_a_view_like_any_other() -> None:
+    window = _core.Window(shared(), 0, 4, True)
+    holder = Holder(window)
+    array = np.frombuffer(holder, "u1")
+    assert window.exports == 1
+    holder.answer = ValueError("closed")
+    address = window.address
+    del window, holder
+    gc.collect()
+    assert is_mapped(address)
+    array[:] = 7
+    assert array.tolist() == [7] * 4
+    del array
+    assert not is_mapped(address)
 
 
 @pytest.mark.parametrize("answer", [None, 5, "text", ValueError("closed")])

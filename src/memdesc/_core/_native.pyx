@@ -205,6 +205,11 @@ cdef class Exporter:
         else:
             PyObject_GetBuffer(source, view, flags)
 
+    def __releasebuffer__(self, Py_buffer *view):
+        # Never called: a view is released by its `obj`, a window. But NumPy's frombuffer holds on
+        # to the view only if the type has this; without it arrays would hold the subclass alone.
+        pass
+
     def __reduce__(self):
         raise TypeError(
             f"{type(self).__name__} can not be pickled: memory travels through multiprocessing, "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -190,10 +192,13 @@ class MappingTests(Kind):
         with self.new() as descriptor:
             mapping = descriptor.map(unique=True)
             address = mapping.address
-            with memoryview(mapping):
+            looks: tuple[Callable[[Any], object], ...] = (memoryview, lambda it: it.array())
+            for look in looks:
+                view = look(mapping)
                 with pytest.raises(BufferError):
                     mapping.unmap()
                 assert (mapping.is_mapped, region(address) is not None) == (True, True)
+                del view
             mapping.unmap()
             mapping.unmap()  # again is a no-op
             assert (mapping.is_mapped, descriptor.mappings()) == (False, [])

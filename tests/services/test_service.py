@@ -342,8 +342,9 @@ def test_a_descriptor_too_few_for_a_client(free, puppet):
 
 
 def test_no_descriptor_left_for_a_service_or_a_connection():
+    connect = md.connect  # which imports it
     with md.Service("camera"):
-        for make in (lambda: md.Service("other"), lambda: md.connect("camera")):
+        for make in (lambda: md.Service("other"), lambda: connect("camera")):
             with full_table(), pytest.raises(md.AllocationError) as caught:
                 make()
             refused(caught, errno.EMFILE)

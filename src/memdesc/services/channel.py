@@ -420,6 +420,9 @@ class Channel:
         except (MemdescError, BufferError) as error:
             self._send_if_there(failed(number, error))
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self._send_if_there(failed(number, too_many_files(error)))
+                return
             text = f"task {os.getpid()}: {describe_errno(error)}"
             self._send_if_there(failed(number, MemdescError(text, errno=error.errno)))
         except Exception:

@@ -116,6 +116,7 @@ def locked(folder: Path, timeout: float = 5.0) -> Iterator[None]:
                 time.sleep(0.005)
         yield
     finally:
+        fcntl.flock(fd, fcntl.LOCK_UN)  # closing alone would leave it to a child forked meanwhile
         os.close(fd)
 
 

@@ -6,7 +6,6 @@ map its memory into the other (`create_mapping_in_task`), up to the other's limi
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import selectors
@@ -312,7 +311,7 @@ class Peer(Channel):
 
         def undo(answer: Any) -> None:
             if isinstance(answer, protocol.Mapped):
-                self.send(protocol.ReleaseMapping(token))
+                self._send_if_there(protocol.ReleaseMapping(token))
 
         return undo
 
@@ -412,8 +411,7 @@ class Peer(Channel):
             known = token in self._in_peer
             self._in_peer.discard(token)
         if known:
-            with contextlib.suppress(PeerGoneError, ClosedError):
-                self.send(protocol.ReleaseMapping(token))
+            self._send_if_there(protocol.ReleaseMapping(token))
 
 
 class _Ended:
@@ -427,8 +425,7 @@ class _Ended:
         peer = self._peer()
         if peer is None or peer._strike(self._token) is None:
             return
-        with contextlib.suppress(PeerGoneError, ClosedError):
-            peer.send(protocol.MappingEnded(self._token))
+        peer._send_if_there(protocol.MappingEnded(self._token))
 
 
 def _check_allocated(extents: Sequence[Extent]) -> None:

@@ -17,6 +17,7 @@ from memdesc.errors import (
     ClosedError,
     InvalidArgument,
     MemdescError,
+    PeerGoneError,
     SealedError,
     ShareNotFoundError,
     TimedOutError,
@@ -256,7 +257,13 @@ class Service:
             self._strangers[client] = None
             oldest = next(iter(self._strangers)) if len(self._strangers) > _STRANGERS else None
         if oldest is not None:
-            oldest._drop(f"it did not greet while {_STRANGERS} others came")
+            oldest._end(
+                PeerGoneError(
+                    f"task {oldest.task.pid} was dropped: it did not greet while {_STRANGERS} "
+                    "others came",
+                    errno=errno.ECONNABORTED,
+                )
+            )
 
     def _joined(self, client: UserClient) -> None:
         with self._joining:

@@ -13,6 +13,7 @@ from memdesc.errors import (
 )
 from memdesc.handover import pack
 from memdesc.services import protocol
+from memdesc.services.failures import failed
 from memdesc.services.peer import Peer
 from memdesc.vm.task import Task
 
@@ -72,12 +73,12 @@ class UserClient(Peer):
                 f"(task {self.task.pid}): its owner decides by allow=…",
                 errno=errno.EACCES,
             )
-            self.send(protocol.Failed(0, "AccessDeniedError", refusal.message, refusal.errno))
+            self._send_if_there(failed(0, refusal))
             self._end(refusal)
             return
         self.admitted = True
-        self.send(protocol.Welcome(protocol.VERSION, service.name))
-        service._joined(self)
+        service._joined(self)  # first: when its connect returns, we list it
+        self._send_if_there(protocol.Welcome(protocol.VERSION, service.name))
 
     def _list(
         self, service: Service, request: protocol.ListShares

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import os
-import threading
 import weakref
 from abc import ABC, abstractmethod
 
@@ -23,6 +22,7 @@ from memdesc.mapping import (
     check_range,
     map_extents,
 )
+from memdesc.vm.forks import lock_for
 from memdesc.vm.pages import Access
 from memdesc.vm.task import Task
 
@@ -34,7 +34,7 @@ class Mappable(_core.Exporter, ABC):
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._lock = threading.RLock()
+        self._lock = lock_for(self)
         self._closed = False
         self._mappings: weakref.WeakSet[MemoryMap] = weakref.WeakSet()
 

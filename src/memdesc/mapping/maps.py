@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, Self, final
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, final
 from memdesc import _core
 from memdesc.errors import ClosedError
 from memdesc.mapping.views import check_range, view_as_array
+from memdesc.vm.forks import lock_for
 from memdesc.vm.pages import Access
 from memdesc.vm.task import Task
 from memdesc.wiring import Wire, wire
@@ -112,7 +112,7 @@ class LocalMemoryMap(MemoryMap, _core.Exporter):
         self._owner = owner
         self._ended = ended
         self._wires: list[Wire] = []
-        self._lock = threading.Lock()
+        self._lock = lock_for(self)
 
     @property
     def task(self) -> Task:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import errno
 import os
-import threading
 from dataclasses import dataclass
 from enum import Enum
 
@@ -101,13 +100,13 @@ class Lifecycle:
 
     Notes
     -----
-    Threads: every method takes the object's own lock. Fork: `forked` turns true in both the
-    parent and the child, by a count of forks that `os.fork` bumps before it divides them.
+    Threads: the object whose memory it is holds its own lock around `grant` and `granted`. Fork:
+    `forked` turns true in both the parent and the child, by a count of forks that `os.fork` bumps
+    before it divides them.
     """
 
     def __init__(self, max_access: Access) -> None:
         self.max_access = max_access
-        self.lock = threading.Lock()
         self.registrations = 0
         self.grantees: set[int] = set()  # user ids; who may have kept a handle
         self._state = State.PRIVATE
@@ -131,7 +130,7 @@ class Lifecycle:
     def grant(self, access: Access, *, enforced: bool, name: str) -> tuple[State, int]:
         """Tell the state that a grant leads to, and the seals that must be there first.
 
-        The caller adds the seals, and then calls `granted`. It holds `lock` meanwhile.
+        The caller adds the seals, and then calls `granted`. It holds its lock meanwhile.
 
         Raises
         ------

@@ -24,11 +24,13 @@ from memdesc.errors import (
     InvalidArgument,
     MappingError,
     MappingReason,
+    UnsupportedError,
     describe_errno,
 )
 from memdesc.memory.lifecycle import Lifecycle
 from memdesc.memory.limits import check_available
 from memdesc.memory.page_kinds import PageKind
+from memdesc.vm.forks import lock_for
 from memdesc.vm.pages import Access, page_size, round_page
 
 _STEP = 64 << 20
@@ -97,7 +99,13 @@ def reopen(fd: int, access: Access) -> int:
     a lease on the file, it fails with EAGAIN instead (the kernel would wait 45 s for him).
     """
     flags = os.O_RDWR if access.writable else os.O_RDONLY
-    return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError as error:
+        raise UnsupportedError(
+            f"descriptor {fd} can not be opened again through /proc/self/fd: mount /proc here",
+            errno=error.errno,
+        ) from error
 
 
 class OwnedObject:
@@ -125,6 +133,7 @@ class OwnedObject:
         self.page_size = pages.page_size
         self.lifecycle = Lifecycle(max_access)
         self._fd = -1
+        self._lock = lock_for(self)
         self._fd = _create(name, size, pages)
         try:
             status = os.fstat(self._fd)
@@ -161,29 +170,36 @@ class OwnedObject:
 
         The owner's writable view shares its description: then a lease tells of others only.
         """
-        return os.dup(self.fileno()) if access.writable else reopen(self.fileno(), access)
+        with self._lock:  # a close() meanwhile would give the number to some other file
+            return os.dup(self.fileno()) if access.writable else reopen(self.fileno(), access)
 
     def grant(self, access: Access, *, enforced: bool = True, user: int) -> int:
         """Re-open for another task of user id `user`, sealed as the lifecycle says."""
         life = self.lifecycle
-        with life.lock:
+        with self._lock:
             state, seals = life.grant(access, enforced=enforced, name=self.name)
             fd = reopen(self.fileno(), access)  # may fail: before the seals, which stay
             try:
-                missing = seals & ~self.seals()
-                if missing:
-                    fcntl.fcntl(self.fileno(), fcntl.F_ADD_SEALS, missing)
+                self._seal(seals)
             except BaseException:
                 os.close(fd)
                 raise
             life.granted(state, user)
         return fd
 
+    def _seal(self, seals: int) -> None:
+        missing = seals & ~self.seals()
+        if not missing:
+            return
+        try:
+            fcntl.fcntl(self.fileno(), fcntl.F_ADD_SEALS, missing)
+        except PermissionError:
+            if seals & ~self.seals():  # else a fork child, or its parent, was first
+                raise
+
     def close(self) -> None:
         """Let go of the descriptor. Mappings and other holders keep the pages."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        _close(self)
 
     def __del__(self) -> None:
         self.close()
@@ -210,6 +226,7 @@ class ForeignObject:
 
     def __init__(self, fd: int, max_access: Access, *, trust_size: bool = False) -> None:
         self._fd = fd
+        self._lock = lock_for(self)
         try:
             mode = fcntl.fcntl(fd, fcntl.F_GETFL)
             _check_readable(mode)
@@ -287,12 +304,13 @@ class ForeignObject:
                 reason=MappingReason.ACCESS,
                 errno=errno.EACCES,
             )
-        if access.writable is self._writable:
-            return os.dup(self.fileno())
-        try:
-            return reopen(self.fileno(), access)
-        except (PermissionError, BlockingIOError):
-            return os.dup(self.fileno())  # another user's memfd, mode 0600; or he has a lease on it
+        with self._lock:  # a close() meanwhile would give the number to some other file
+            if access.writable is self._writable:
+                return os.dup(self.fileno())
+            try:
+                return reopen(self.fileno(), access)
+            except (PermissionError, BlockingIOError):
+                return os.dup(self.fileno())  # another user's, mode 0600; or he has a lease on it
 
     def grant(self, access: Access, *, enforced: bool = True, user: int) -> int:
         """Pass it on with at most the rights that we have."""
@@ -307,12 +325,17 @@ class ForeignObject:
 
     def close(self) -> None:
         """Let go of our descriptor. Mappings keep the pages."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        _close(self)
 
     def __del__(self) -> None:
         self.close()
+
+
+def _close(object_: OwnedObject | ForeignObject) -> None:
+    with object_._lock:
+        fd, object_._fd = object_._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 def check_name(name: str) -> str:
@@ -388,11 +411,15 @@ def _reserve(fd: int, size: int, pages: PageKind, name: str) -> None:
     """Take all pages now, in steps, asking before each whether it can be had."""
     doing = f"reserving buffer {name!r}"
     check_available(round_page(size, pages.page_size), doing, pages)
-    for offset in range(0, size, _STEP):
-        length = min(_STEP, size - offset)
+    offset, step = 0, _STEP
+    while offset < size:
+        length = min(step, size - offset)
         check_available(length, doing, pages)
         try:
             _core.fallocate(fd, 0, offset, length)
+            offset += length
+        except InterruptedError:  # some kernels stop for any signal, as for huge pages all do
+            step = max(step // 2, pages.page_size)
         except OSError as error:
             raise AllocationError(
                 f"{doing}: the kernel gave {offset:,} of {size:,} bytes, then "

@@ -371,3 +371,14 @@ def test_any_string_around_a_page_border(text: bytes, maximum: int, shift: int) 
             copyinstr(target.task, place, maximum)
         assert caught.value.data == expected
     target.close()
+
+
+@pytest.mark.parametrize("task", [1, "self", None])
+def test_what_is_no_task_is_refused(task: Any) -> None:
+    for copy in (
+        lambda: copyio.copyin(task, 0, 1),
+        lambda: copyio.copyout(b"1", task, 0),
+        lambda: copyio.copyinstr(task, 0, 1),
+    ):
+        with pytest.raises(InvalidArgument):
+            copy()

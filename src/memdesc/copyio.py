@@ -37,7 +37,7 @@ from memdesc.errors import (
 )
 from memdesc.memory.limits import check_available
 from memdesc.vm.pages import check_integer, page_size
-from memdesc.vm.task import Task
+from memdesc.vm.task import Task, check_task
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer  # collections.abc has it since 3.12
@@ -263,6 +263,7 @@ def copyout(data: Buffer, task: Task, address: int) -> int:
     >>> copyout(b"here", Task.current(), buffer_address(word)[0]), word
     (4, bytearray(b'here'))
     """
+    check_task(task)
     with bytes_of(data) as view:
         place = _check_place(address, len(view), doing := f"copy {len(view):,} bytes out to")
         doing = _place_in(doing, task, place)
@@ -347,6 +348,7 @@ def copyinstr(task: Task, address: int, maximum: int) -> bytes:
 
 
 def _read(task: Task, address: int, view: memoryview, doing: str) -> int:
+    check_task(task)
     place = _check_place(address, len(view), doing)
     copier = _copier(task)
     return _transfer(

@@ -538,3 +538,8 @@ def test_closed_it_holds_nothing_of_the_stranger(stranger: Stranger) -> None:
     for use in (theirs.map, theirs.read_bytes, theirs.prepare, theirs.page_counts):
         with pytest.raises(ClosedError):
             use()
+
+
+def test_a_pid_is_no_task() -> None:
+    with pytest.raises(InvalidArgument):
+        MemoryDescriptor.with_address_range(0, 1, Direction.OUT, os.getpid())  # type: ignore[arg-type]

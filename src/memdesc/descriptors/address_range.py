@@ -33,7 +33,7 @@ from memdesc.vm.pages import (
     page_span,
 )
 from memdesc.vm.regions import ObjectKind, Region, find_holes, regions_in
-from memdesc.vm.task import Task
+from memdesc.vm.task import Task, check_task
 from memdesc.wiring import wire
 
 if TYPE_CHECKING:
@@ -77,6 +77,8 @@ class AddressRangeDescriptor(MemoryDescriptor):
         allow_several_objects: bool = False,
         trust_size: bool = False,
     ) -> None:
+        if task is not None:
+            check_task(task)
         self.task = Task.current() if task is None else task
         self.address = check_integer(address, "address")
         self._length = check_length(length)
@@ -137,7 +139,7 @@ class AddressRangeDescriptor(MemoryDescriptor):
         return found
 
     def _check_region(self, region: Region, access: Access) -> None:
-        where = f"{region.start:#x}-{region.end:#x} {region.path or 'private memory'}"
+        where = f"{region.start:#x}-{region.end:#x} {region.path or 'anonymous memory'}"
         if not region.shared or region.object.kind is ObjectKind.SPECIAL:
             raise MappingError(
                 f"{where} of task {self.task.pid} is private memory, which no other task can map: "

@@ -105,6 +105,8 @@ class BufferMemoryDescriptor(MemoryDescriptor):
         self._object: OwnedObject | None = None
         self.capacity = self._length = check_length(capacity, "capacity")
         alignment = _check_alignment(alignment)
+        pages = PageKind(pages)
+        max_access = Access(max_access)
         if pages is PageKind.HUGE and max_access is Access.READ_WRITE:
             raise InvalidArgument(
                 "huge pages with max_access=READ_WRITE: a task that may write huge memory can "
@@ -115,9 +117,7 @@ class BufferMemoryDescriptor(MemoryDescriptor):
                 "this kernel has no huge pages: use base pages", errno=errno.EINVAL
             )
         size = round_page(self.capacity, pages.page_size)
-        memory = OwnedObject(
-            name, size, pages=pages, max_access=Access(max_access), reserve=not lazy
-        )
+        memory = OwnedObject(name, size, pages=pages, max_access=max_access, reserve=not lazy)
         try:
             self._window = _map_owner(memory, self.capacity, alignment, populate=not lazy)
             self._object = memory

@@ -24,7 +24,7 @@ from memdesc.mapping import (
 )
 from memdesc.vm.forks import lock_for
 from memdesc.vm.pages import Access
-from memdesc.vm.task import Task
+from memdesc.vm.task import Task, check_task
 
 
 class Mappable(_core.Exporter, ABC):
@@ -147,6 +147,7 @@ class Mappable(_core.Exporter, ABC):
         """
         self._check_open()
         placement = Placement(at_address, guard_pages, prefault, unique)
+        check_task(task)
         if not task.alive:
             raise MappingError(
                 f"task {task.pid} has ended: nothing can be mapped into it",

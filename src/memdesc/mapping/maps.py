@@ -193,8 +193,8 @@ class LocalMemoryMap(MemoryMap, _core.Exporter):
                 window.release()
             elif window.exports:
                 raise BufferError(
-                    f"{window.exports} views of the mapping at {self.address:#x} are alive: "
-                    "delete them first, or leave a with block instead"
+                    f"the mapping at {self.address:#x} has {window.exports} live view(s), arrays "
+                    "or memoryviews: delete them first, or leave a with block instead"
                 )
             self._drop()
 

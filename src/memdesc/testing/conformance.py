@@ -165,6 +165,8 @@ class BytesTests(Kind):
             assert caught.value.reason is MappingReason.NOT_CONNECTED
             with pytest.raises(MappingError) as caught:
                 descriptor.create_mapping_in_task(task, connection=object())
+            with pytest.raises(InvalidArgument):
+                descriptor.create_mapping_in_task(task.pid)  # type: ignore[arg-type]
             assert caught.value.reason is MappingReason.NOT_CONNECTED
 
 

@@ -40,6 +40,10 @@ class Access(Enum):
         """Whether `other` gives at least this."""
         return self is other or other is Access.READ_WRITE
 
+    @classmethod
+    def _missing_(cls, value: object) -> Access:
+        raise InvalidArgument(f"{value!r} is no access: give Access.READ_ONLY or Access.READ_WRITE")
+
 
 class Direction(Enum):
     """Which way data moves, as the device sees it (I/O Kit: IODirection)."""
@@ -56,6 +60,10 @@ class Direction(Enum):
     def writes_memory(self) -> bool:
         """Whether preparing for it needs write access: everything but exactly OUT."""
         return self is not Direction.OUT
+
+    @classmethod
+    def _missing_(cls, value: object) -> Direction:
+        raise InvalidArgument(f"{value!r} is no direction: give Direction.IN, OUT, OUT_IN or NONE")
 
 
 def check_length(length: int, what: str = "length") -> int:

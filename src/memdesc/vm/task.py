@@ -48,6 +48,15 @@ class Credentials:
     gid: int
 
 
+def check_task(task: object) -> None:
+    """Raise `InvalidArgument` for what is no task, a pid for instance."""
+    if not isinstance(task, Task):
+        raise InvalidArgument(
+            f"task is of type {type(task).__name__}: give a Task, for instance Task(pid), or the "
+            "`task` of a client or connection"
+        )
+
+
 @final
 class Task:
     """A process as the owner of an address space (I/O Kit: `task_t`).

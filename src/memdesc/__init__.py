@@ -1,5 +1,18 @@
 """memdesc: describe memory once; let other processes, the kernel and devices use the same pages.
 
+Where to begin; `help(memdesc.Service)` and so on tells more:
+
+* `BufferMemoryDescriptor`         memory of our own, made to be shared; `array()` views it
+* `Service`, `connect`             share it under a name; map it in another process
+* `create_mapping_in_task`         of any descriptor: map it into a connected process
+* `SubMemoryDescriptor`, `MultiMemoryDescriptor`   a part; several as one
+* `Task`, `MemoryDescriptor.with_address_range`    memory of any process, by its address
+* `copyin`, `copyout`, `copyinstr`                 copies from and to any process
+* `prepare`, `complete`            of any descriptor: keep it resident
+* `send_descriptor`, `receive_descriptor`          over a Unix socket of your own
+* `Access`, `Direction`, `PageKind`                words for arguments
+* `MemdescError`                   the root of all errors; `MappingReason`, `WiringReason`
+
 The house, from the top down; a room knows only those below it:
 
 * `cli`, `testing`       the command line; the conformance suite, leak guard and fault injection

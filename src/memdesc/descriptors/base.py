@@ -187,6 +187,8 @@ class MemoryDescriptor(Mappable):
             With its `reason`; nothing of this call stays wired and the count is unchanged.
             NOT_WRITABLE: the first prepare was for reading (OUT), this one wants to write.
 
+        Notes
+        -----
         I/O Kit: IOMemoryDescriptor::prepare, with its rules of nesting. Linux: mlock, which asks
         for CAP_IPC_LOCK or room under RLIMIT_MEMLOCK. Wired pages may still move between frames.
         """

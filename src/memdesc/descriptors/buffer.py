@@ -63,8 +63,9 @@ class BufferMemoryDescriptor(MemoryDescriptor):
 
     Attributes
     ----------
-    capacity, length : int
-        Length is what the descriptor describes: at first the capacity; `set_length` moves it.
+    capacity : int
+        Fixed. `length`, what the descriptor describes, is at first the capacity; `set_length`
+        moves it.
 
     Raises
     ------
@@ -140,7 +141,7 @@ class BufferMemoryDescriptor(MemoryDescriptor):
 
     @property
     def memory(self) -> OwnedObject:
-        """The memory object: its seals, its lifecycle, its descriptor."""
+        """The memory object, with its seals, its lifecycle and its file descriptor."""
         self._check_open()
         assert self._object is not None
         return self._object

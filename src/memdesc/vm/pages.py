@@ -19,7 +19,7 @@ Offset = NewType("Offset", int)
 """A distance in bytes from the start of a descriptor."""
 
 page_size: Final[int] = os.sysconf("SC_PAGE_SIZE")
-"""Bytes in a base page of this system. Never hard-code it (I/O Kit: `page_size`)."""
+"""Bytes in a base page of this system. Never hard-code it; `page_size` in I/O Kit."""
 
 MAX_LENGTH: Final[int] = 2**63 - 1
 """The largest length that Linux can express (off_t)."""
@@ -50,15 +50,15 @@ class Direction(Enum):
 
     NONE = 0
     IN = 1
-    """Device to memory: the memory is written (kIODirectionIn)."""
+    """Device to memory; the memory is written (kIODirectionIn)."""
     OUT = 2
-    """Memory to device: the memory is only read (kIODirectionOut)."""
+    """Memory to device; the memory is only read (kIODirectionOut)."""
     OUT_IN = 3
     """Both (kIODirectionOutIn)."""
 
     @property
     def writes_memory(self) -> bool:
-        """Whether preparing for it needs write access: everything but exactly OUT."""
+        """Whether preparing for it needs write access, as all do but exactly OUT."""
         return self is not Direction.OUT
 
     @classmethod

@@ -58,7 +58,7 @@ class VMObject:
 
     @property
     def identity(self) -> tuple[int, int, int] | None:
-        """Major, minor and inode: equal for two regions of one object. None for private memory."""
+        """Major, minor and inode, equal for two regions of one object; None for private memory."""
         return (*self.device, self.inode) if self.inode else None
 
 

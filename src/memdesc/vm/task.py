@@ -202,7 +202,7 @@ class Task:
 
     @property
     def name(self) -> str:
-        """What the task calls itself now: up to 15 bytes, as in /proc/PID/comm."""
+        """What the task calls itself now, up to 15 bytes, as in /proc/PID/comm."""
         return os.fsdecode(self.read_proc("comm", f"read the name of task {self.pid}"))[:-1]
 
     @property

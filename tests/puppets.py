@@ -6,6 +6,7 @@ variables between lines. What it raises comes back as `Told`.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -161,8 +162,9 @@ def full_table() -> Iterator[list[int]]:
     try:
         while True:
             try:
-                fillers.append(os.dup(0))
-            except OSError:
+                fillers.append(os.open(os.devnull, os.O_RDONLY))
+            except OSError as error:
+                assert error.errno == errno.EMFILE
                 break
         yield fillers
     finally:

@@ -252,7 +252,7 @@ def test_no_descriptor_left_to_map_with() -> None:
         held = []
         try:
             while True:
-                held.append(os.dup(0))
+                held.append(os.open(os.devnull, os.O_RDONLY))
         except OSError:
             pass
         try:

@@ -211,7 +211,7 @@ def test_no_descriptor_left(last: int) -> None:
         spare = []
         try:
             while True:
-                spare.append(os.dup(0))
+                spare.append(os.open(os.devnull, os.O_RDONLY))
         except OSError:
             pass
         for fd in spare[:last]:

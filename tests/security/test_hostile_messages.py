@@ -276,7 +276,7 @@ def test_no_room_for_the_descriptors() -> None:
             spare = []
             with suppress(OSError):
                 while True:
-                    spare.append(os.dup(0))
+                    spare.append(os.open(os.devnull, os.O_RDONLY))
             for fd in spare[:3]:
                 os.close(fd)
             try:
@@ -286,7 +286,7 @@ def test_no_room_for_the_descriptors() -> None:
             free = 0
             with suppress(OSError):
                 while True:
-                    spare.append(os.dup(0))
+                    spare.append(os.open(os.devnull, os.O_RDONLY))
                     free += 1
         return kind, number, free
 

@@ -409,7 +409,7 @@ def test_the_death_of_a_client_is_seen_at_once_and_its_mappings_are_struck(puppe
         one.kill()
         wait_until(lambda: client.closed)
         assert not there.is_mapped
-        assert (service.clients(), client.mappings()) == ([], [])
+        wait_until(lambda: (service.clients(), client.mappings()) == ([], []))
         assert bytes(mine) == bytes(100)  # the memory outlives who gave it
         there.unmap()
         with pytest.raises(md.MappingError) as caught:

@@ -11,6 +11,7 @@ little endian), the header.
 from __future__ import annotations
 
 import array
+import contextlib
 import errno
 import os
 import socket as sockets
@@ -29,11 +30,15 @@ from memdesc.descriptors.received import ReceivedMemoryDescriptor
 from memdesc.descriptors.sub import SubMemoryDescriptor
 from memdesc.errors import (
     InvalidArgument,
+    MappingError,
+    MappingReason,
+    MemdescError,
     PeerGoneError,
     ProtocolError,
     TimedOutError,
 )
 from memdesc.mapping import Extent
+from memdesc.memory.closing import close_all as close_all, discard as discard
 from memdesc.memory.memfd import ForeignObject
 from memdesc.vm.pages import MAX_LENGTH, Access, Direction
 from memdesc.vm.task import Task
@@ -68,7 +73,7 @@ def give(
     Raises
     ------
     SealedError, MappingError
-        The grant is refused; nothing is left open.
+        The grant is refused (TOO_MANY_FILES: EMFILE); nothing is left open.
     """
     index: dict[int, int] = {}
     fds: list[int] = []
@@ -92,6 +97,11 @@ def give(
                 "message tells of: hand it over in parts",
                 errno=errno.E2BIG,
             )
+    except OSError as error:
+        close_all(fds)
+        if error.errno in (errno.EMFILE, errno.ENFILE) and not isinstance(error, MemdescError):
+            raise too_many_files(error) from error
+        raise
     except BaseException:
         close_all(fds)
         raise
@@ -130,17 +140,25 @@ def take(
                     errno=errno.EPROTO,
                 )
     except BaseException:
-        close_all(left)
+        discard(left)
         for object_ in objects:
             object_.close()
         raise
     return [Extent(objects[index], offset, length) for index, offset, length in pieces]
 
 
-def close_all(fds: Sequence[int]) -> None:
-    """Close every one of these descriptors."""
-    for fd in fds:
-        os.close(fd)
+def too_many_files(error: OSError | None) -> MappingError:
+    """Say that descriptors could not be had here, could not be sent, or did not arrive."""
+    number = errno.EMFILE if error is None else error.errno
+    what = (
+        f"too many descriptors sent by user {os.geteuid()} are still on their way: let the "
+        "receivers read"
+        if number == errno.ETOOMANYREFS
+        else f"task {os.getpid()} has no file descriptor left: close some there"
+    )
+    return MappingError(
+        f"{what}, or raise `ulimit -n`", reason=MappingReason.TOO_MANY_FILES, errno=number
+    )
 
 
 def pack(
@@ -153,12 +171,17 @@ def pack(
     pieces, fds = give(extents, access, enforced=enforced, user=user)
     portable = portable_type()(
         version=_VERSION,
-        name=descriptor.name,
+        name=travelling(descriptor.name),
         direction=descriptor.direction.value,
         writable=access.writable,
         pieces=tuple(pieces),
     )
     return portable, fds
+
+
+def travelling(name: str) -> str:
+    """Give a descriptor's name as it can travel: that of several can be long, any be no text."""
+    return name.encode(errors="replace").decode()[:1024]
 
 
 def unpack(portable: Portable, fds: Sequence[int]) -> ReceivedMemoryDescriptor:
@@ -174,7 +197,7 @@ def unpack(portable: Portable, fds: Sequence[int]) -> ReceivedMemoryDescriptor:
             raise ProtocolError("the descriptor's lengths make no sense", errno=errno.EPROTO)
         direction = Direction(portable.direction)
     except (ProtocolError, ValueError) as error:
-        close_all(fds)
+        discard(fds)
         if isinstance(error, ProtocolError):
             raise
         raise ProtocolError(f"{portable.direction} is no direction", errno=errno.EPROTO) from error
@@ -267,7 +290,7 @@ def receive_descriptor(sock: sockets.socket) -> ReceivedMemoryDescriptor:
                 f"the descriptor's header can not be read: {error}", errno=errno.EPROTO
             ) from error
     except BaseException:
-        close_all(fds)
+        discard(fds)
         raise
     return unpack(portable, fds)
 
@@ -317,13 +340,13 @@ def receive_with_fds(sock: sockets.socket, most: int, least: int) -> tuple[bytes
             if not piece:
                 raise PeerGoneError("the other side has gone", errno=errno.ECONNRESET)
     except (TimeoutError, BlockingIOError) as error:
-        close_all(fds)
+        discard(fds)
         raise TimedOutError("nothing came in time", errno=errno.ETIMEDOUT) from error
     except ConnectionResetError as error:
-        close_all(fds)
+        discard(fds)
         raise PeerGoneError("the other side has gone", errno=error.errno) from error
     except BaseException:
-        close_all(fds)
+        discard(fds)
         raise
     return data, fds
 
@@ -341,12 +364,32 @@ def receive_once(sock: sockets.socket, most: int) -> tuple[bytes, list[int], boo
     """One recvmsg: (bytes, descriptors, whether the kernel dropped some of either)."""
     room = sockets.CMSG_SPACE(MAX_OBJECTS * 4)
     data, ancillary, flags, _ = sock.recvmsg(most, room, sockets.MSG_CMSG_CLOEXEC)
+    dropped = bool(flags & (sockets.MSG_CTRUNC | sockets.MSG_TRUNC))
+    return data, _descriptors_in(ancillary), dropped
+
+
+def discard_unread(sock: sockets.socket) -> None:
+    """Discard the descriptors that lie in a socket without a peer, before it is closed.
+
+    Else the kernel would close them with it, and who closes it would wait for the stranger.
+    """
+    room = sockets.CMSG_SPACE(12) + sockets.CMSG_SPACE(MAX_OBJECTS * 4)
+    with contextlib.suppress(OSError):
+        # With every packet, also an empty one, its sender is told now; not with the end.
+        sock.setsockopt(sockets.SOL_SOCKET, sockets.SO_PASSCRED, 1)
+        while True:
+            _, ancillary, _, _ = sock.recvmsg(1, room, sockets.MSG_CMSG_CLOEXEC)
+            if not ancillary:
+                break
+            discard(_descriptors_in(ancillary))
+
+
+def _descriptors_in(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
     fds = array.array("i")
     for level, kind, payload in ancillary:
         if (level, kind) == (sockets.SOL_SOCKET, sockets.SCM_RIGHTS):
             fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
-    dropped = bool(flags & (sockets.MSG_CTRUNC | sockets.MSG_TRUNC))
-    return data, list(fds), dropped
+    return list(fds)
 
 
 def _peer_user(sock: sockets.socket) -> int:

@@ -15,6 +15,7 @@ from puppets import count_fds
 import memdesc as md
 from memdesc.errors import TimedOutError
 from memdesc.services import folder
+from memdesc.services.loop import loop
 
 
 def test_the_folder_is_chosen_by_the_environment(monkeypatch, runtime_dir):
@@ -72,6 +73,7 @@ def test_a_link_to_a_folder_and_a_file_are_refused(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a\0b", "x" * 108, "/" + "y" * 107])
 def test_what_is_no_name(name):
+    loop()
     for make in (md.Service, md.connect):
         before = count_fds()
         with pytest.raises(md.InvalidArgument):
@@ -90,6 +92,7 @@ def test_the_longest_path_works(tmp_path):
 
 
 def test_a_path_into_nowhere():
+    loop()
     for path in ("/nonexistent/folder/camera", f"{__file__}/camera"):
         before = count_fds()
         with pytest.raises(md.InvalidArgument) as caught:
@@ -99,6 +102,7 @@ def test_a_path_into_nowhere():
 
 
 def test_a_path_where_nothing_can_be_made():
+    loop()
     before = count_fds()
     with pytest.raises((md.AccessDeniedError, md.InvalidArgument)) as caught:
         md.Service("/proc/camera")

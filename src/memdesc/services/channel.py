@@ -33,9 +33,9 @@ from memdesc.errors import (
     TimedOutError,
     describe_errno,
 )
-from memdesc.handover import close_all, receive_once
+from memdesc.handover import close_all, discard, discard_unread, receive_once, too_many_files
 from memdesc.services import protocol
-from memdesc.services.failures import failed, no_descriptor, rebuilt, too_many_files
+from memdesc.services.failures import failed, no_descriptor, rebuilt
 from memdesc.services.loop import Loop, loop, tell_if_forked
 from memdesc.vm.task import Task
 
@@ -109,7 +109,11 @@ class Channel:
 
         def watch() -> None:
             self._loop.watch(self._life.sock.fileno(), ready)
-            self._loop.watch(self._life.pidfd, died)
+            try:
+                self._loop.watch(self._life.pidfd, died)
+            except BaseException:  # its number will be another's, who could not be watched then
+                self._loop.forget(self._life.sock.fileno())
+                raise
 
         self._loop.run(watch)
 
@@ -298,7 +302,7 @@ class Channel:
         except BaseException:
             self._give_up(message.id, undo)
             if pending.answer is not None:  # it came, and nobody will see it
-                close_all(pending.fds)
+                discard(pending.fds)
                 (undo or _ignore)(pending.answer)
             raise
         return self._checked(pending, kind)
@@ -317,7 +321,7 @@ class Channel:
             raise self._gone_again()
         if isinstance(answer, kind):
             return answer, fds
-        close_all(fds)
+        discard(fds)
         if isinstance(answer, protocol.Failed):
             raise rebuilt(answer)
         error = ProtocolError(
@@ -363,7 +367,7 @@ class Channel:
                 self._end(gone(self.task))
                 return
             if not data:
-                close_all(fds)
+                discard(fds)
                 self._end(gone(self.task))
                 return
             self._receive(data, fds, lost)
@@ -380,7 +384,7 @@ class Channel:
                 )
             )
         finally:
-            close_all(fds)  # whoever used them emptied the list
+            discard(fds)  # whoever used them emptied the list
 
     def _dispatch(self, message: Any, fds: list[int], lost: bool) -> None:
         if isinstance(message, protocol.Answer):
@@ -394,11 +398,10 @@ class Channel:
             undo = self._late.pop(answer.id, None)
             if pending is not None:
                 if lost:
-                    close_all(fds)
-                    fds.clear()
                     answer = failed(answer.id, too_many_files(None))
-                pending.fds = list(fds)
-                fds.clear()
+                elif isinstance(answer, protocol.Opened):  # no other answer's are looked for
+                    pending.fds = list(fds)
+                    fds.clear()
                 pending.answer = answer
                 pending.done.set()
                 return
@@ -420,9 +423,6 @@ class Channel:
         except (MemdescError, BufferError) as error:
             self._send_if_there(failed(number, error))
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                self._send_if_there(failed(number, too_many_files(error)))
-                return
             text = f"task {os.getpid()}: {describe_errno(error)}"
             self._send_if_there(failed(number, MemdescError(text, errno=error.errno)))
         except Exception:
@@ -454,6 +454,7 @@ class _Life:
         # The peer is to see the end also where a fork child holds the socket still.
         with contextlib.suppress(OSError):  # ENOTCONN: the peer was first
             self.sock.shutdown(sockets.SHUT_RDWR)
+        discard_unread(self.sock)
         self.close()
 
     def close(self) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
-
 from memdesc import errors
 from memdesc.errors import (
     AllocationError,
@@ -48,18 +45,4 @@ def no_descriptor(doing: str, error: OSError) -> AllocationError:
     return AllocationError(
         f"cannot {doing}: {describe_errno(error)}; close descriptors, or raise `ulimit -n`",
         errno=error.errno,
-    )
-
-
-def too_many_files(error: OSError | None) -> MappingError:
-    """Say that descriptors could not be had here, could not be sent, or did not arrive."""
-    number = errno.EMFILE if error is None else error.errno
-    what = (
-        f"too many descriptors sent by user {os.geteuid()} are still on their way: let the "
-        "receivers read"
-        if number == errno.ETOOMANYREFS
-        else f"task {os.getpid()} has no file descriptor left: close some there"
-    )
-    return MappingError(
-        f"{what}, or raise `ulimit -n`", reason=MappingReason.TOO_MANY_FILES, errno=number
     )

@@ -31,7 +31,7 @@ from memdesc.errors import (
     TaskGoneError,
     TimedOutError,
 )
-from memdesc.handover import close_all, give, take
+from memdesc.handover import close_all, give, take, travelling
 from memdesc.mapping import (
     Extent,
     LocalMemoryMap,
@@ -41,12 +41,10 @@ from memdesc.mapping import (
     map_extents,
     remove_carrier,
 )
-from memdesc.memory.memfd import MemoryObject
 from memdesc.memory.page_kinds import meminfo
 from memdesc.services import protocol
 from memdesc.services.channel import Channel
 from memdesc.services.copier import PeerCopier, read_own, write_own
-from memdesc.services.failures import too_many_files
 from memdesc.vm.pages import Access, page_size
 from memdesc.vm.regions import find_holes, regions, regions_in
 from memdesc.vm.task import Task
@@ -255,7 +253,7 @@ class Peer(Channel):
         push = protocol.PushMapping(
             id=self.next_id(),
             token=self.next_id(),
-            name=getattr(owner, "name", "")[:1024],
+            name=travelling(getattr(owner, "name", "")),
             writable=access.writable,
             pieces=tuple(pieces),
             offset=offset,
@@ -323,10 +321,6 @@ class Peer(Channel):
         except SealedError as error:
             reason = MappingReason.ACCESS if access.writable else MappingReason.NOT_ENFORCED
             raise MappingError(str(error), reason=reason, errno=error.errno) from error
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE):
-                raise
-            raise too_many_files(error) from error
 
     def _check_claim(
         self, token: int, address: int, extents: Sequence[Extent], access: Access
@@ -387,7 +381,7 @@ class Peer(Channel):
 
     def has_mapping(self, token: int) -> bool:
         """Whether a mapping that we pushed is still in the books."""
-        return token in self._in_peer
+        return not self.closed and token in self._in_peer
 
     def unmap_in_peer(self, token: int, timeout: float | None) -> None:
         """Have the other side unmap; `BufferError` while its program holds views."""
@@ -430,28 +424,28 @@ class _Ended:
 
 def _check_allocated(extents: Sequence[Extent]) -> None:
     """Refuse to fault in pages that their owner has not paid for: they would be charged to us."""
-    nbytes = sum(extent.length for extent in extents)
-    paid = sum(_allocated(one) for one in {id(e.object): e.object for e in extents}.values())
-    if paid < nbytes:
-        raise MappingError(
-            f"prefault of {nbytes:,} bytes in task {os.getpid()}, of which their owner has "
-            f"allocated {paid:,}: touch them there first",
-            reason=MappingReason.REFUSED,
-            errno=errno.EDQUOT,
-        )
+    for extent in extents:
+        if _has_hole(extent):
+            raise MappingError(
+                f"prefault of {extent.length:,} bytes in task {os.getpid()}, of which their owner "
+                "has not touched all: touch them there first",
+                reason=MappingReason.REFUSED,
+                errno=errno.EDQUOT,
+            )
 
 
 def _allocate(extents: Sequence[Extent]) -> None:
     """Allocate the pages of memory that is to be faulted in at the other side."""
     for extent in extents:
-        if _allocated(extent.object) < extent.object.size:
+        if _has_hole(extent):
             map_extents([extent], Access.READ_ONLY, Placement(prefault=True))
 
 
-def _allocated(object_: MemoryObject) -> int:
-    fd = object_.open(Access.READ_ONLY)
+def _has_hole(extent: Extent) -> bool:
+    """Whether a page was never touched. Never of huge pages: a mapping takes those beforehand."""
+    fd = extent.object.open(Access.READ_ONLY)
     try:
-        return os.fstat(fd).st_blocks * 512
+        return os.lseek(fd, extent.offset, os.SEEK_HOLE) < extent.offset + extent.length
     finally:
         os.close(fd)
 

@@ -1,0 +1,46 @@
+"""Closing what came from a stranger, without waiting for him.
+
+close() can wait for as long as whoever made the file likes: a FUSE server that does not answer, a
+TCP socket with SO_LINGER. Memory is closed at once; anything else by a thread of its own.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+from collections.abc import Sequence
+
+_PATIENCE = 0.1
+"""Seconds that one closing is given all the same: nearly always it takes a few microseconds."""
+
+_last: threading.Thread | None = None
+
+
+def close_all(fds: Sequence[int]) -> None:
+    """Close every one of these descriptors."""
+    for fd in fds:
+        os.close(fd)
+
+
+def discard(fds: Sequence[int]) -> None:
+    """Close descriptors that a stranger sent; returns soon, also where he holds up the closing."""
+    global _last
+    memory = [fd for fd in fds if _is_memory(fd)]
+    close_all(memory)
+    others = [fd for fd in fds if fd not in memory]
+    if not others:
+        return
+    stuck = _last is not None and _last.is_alive()  # then patience has been tried already
+    closer = threading.Thread(target=close_all, args=(others,), name="memdesc-close", daemon=True)
+    closer.start()
+    if not stuck:
+        _last = closer
+        closer.join(_PATIENCE)
+
+
+def _is_memory(fd: int) -> bool:
+    try:
+        return fcntl.fcntl(fd, fcntl.F_GET_SEALS) >= 0
+    except OSError:  # EINVAL; EBADF for O_PATH
+        return False

@@ -23,7 +23,7 @@ from multiprocessing.context import get_spawning_popen
 from typing import TYPE_CHECKING, Any
 
 from memdesc.descriptors.address_range import AddressRangeDescriptor, PythonBufferDescriptor
-from memdesc.descriptors.base import MemoryDescriptor
+from memdesc.descriptors.base import MemoryDescriptor, check_descriptor
 from memdesc.descriptors.buffer import BufferMemoryDescriptor
 from memdesc.descriptors.multi import MultiMemoryDescriptor
 from memdesc.descriptors.received import ReceivedMemoryDescriptor
@@ -165,6 +165,7 @@ def pack(
     descriptor: MemoryDescriptor, access: Access | None, *, enforced: bool, user: int
 ) -> tuple[Portable, list[int]]:
     """Make a descriptor's portable form and its file descriptors (the caller closes them)."""
+    check_descriptor(descriptor, "what is handed over")
     access = descriptor.max_access if access is None else Access(access)
     descriptor._check_map_range(0, None)
     extents = descriptor._extents(0, descriptor.length, access)

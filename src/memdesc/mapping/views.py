@@ -66,6 +66,8 @@ def view_as_array(
     kind = np.dtype("u1" if dtype is None else dtype)
     if kind.hasobject:
         raise InvalidArgument(f"dtype {kind} holds Python objects, which live in one process only")
+    if not kind.itemsize or kind.subdtype:
+        raise InvalidArgument(f"dtype {kind} is of no size, or an array itself: give the shape")
     if order not in ("C", "F"):
         raise InvalidArgument(f"order is {order!r}: give 'C' or 'F'")
     offset, room = check_range(offset, None, nbytes, "the memory")

@@ -27,6 +27,7 @@ from memdesc.errors import (
     UnsupportedError,
     describe_errno,
 )
+from memdesc.memory.closing import discard
 from memdesc.memory.lifecycle import Lifecycle
 from memdesc.memory.limits import check_available
 from memdesc.memory.page_kinds import PageKind
@@ -250,7 +251,8 @@ class ForeignObject:
             if not trust_size:
                 self._check_size_is_sealed()
         except BaseException:
-            self.close()
+            self._fd = -1
+            discard([fd])
             raise
 
     def _most(self, claimed: Access) -> Access:
@@ -340,6 +342,8 @@ def _close(object_: OwnedObject | ForeignObject) -> None:
 
 def check_name(name: str) -> str:
     """Give a name back that a memfd can carry, else raise `InvalidArgument`."""
+    if not isinstance(name, str):
+        raise InvalidArgument(f"name is of type {type(name).__name__}: give a str")
     if "\0" in name or len(os.fsencode(name)) > 249:
         raise InvalidArgument(
             f"name {name[:40]!r} has {len(os.fsencode(name))} bytes: a memfd's name has at most "

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, final
 
-from memdesc.descriptors.base import MemoryDescriptor
+from memdesc.descriptors.base import MemoryDescriptor, check_descriptor
 from memdesc.errors import (
     ClosedError,
     InvalidArgument,
@@ -160,6 +160,7 @@ class Service:
             The array does not fit, or can not travel.
         """
         protocol.check_name(name)
+        check_descriptor(descriptor, "what is shared")
         access = descriptor.max_access if access is None else Access(access)
         if not access.within(descriptor.max_access):
             raise SealedError(
@@ -299,7 +300,10 @@ class Service:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise ClosedError(f"service {self.name!r} was closed, or is of this fork's parent")
+            raise ClosedError(
+                f"service {self.name!r} was closed, or belongs to the parent of this forked "
+                "process: make a new Service here"
+            )
 
     def close(self) -> None:
         """End the service: give up the name and end every connection. Again is a no-op."""
@@ -365,8 +369,6 @@ def _check_layout(
         raise InvalidArgument(
             f"dtype {kind} can not travel: share it as bytes and give the dtype to array()"
         )
-    if shape is None:
-        shape = (descriptor.length // kind.itemsize,)
     view = descriptor.array(shape, kind)
     return view.shape, kind.str
 

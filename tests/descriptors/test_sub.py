@@ -161,3 +161,26 @@ def test_a_parent_that_was_shortened(whole: BufferMemoryDescriptor) -> None:
     assert mapping.length == page_size
     whole.set_length(whole.capacity)
     assert part.read_bytes() == bytes(page_size)
+
+
+def test_a_complete_too_many_of_the_parent_is_not_made_up_by_the_part(
+    whole: BufferMemoryDescriptor,
+) -> None:
+    before = locked_pages()
+    with SubMemoryDescriptor(whole, 0, 1) as part:
+        part.prepare()
+        whole.complete()  # was not the caller's to complete
+        part.complete()
+        part.prepare()
+        whole.complete()
+    assert (part.closed, whole.prepare_count, locked_pages()) == (True, 0, before)
+
+
+def test_a_closed_part_is_no_way_to_the_whole(whole: BufferMemoryDescriptor) -> None:
+    part = SubMemoryDescriptor(whole, 0, 100)
+    inner = SubMemoryDescriptor(part, 10, 20)
+    part.close()
+    for use in (inner.read_bytes, inner.map, inner.prepare):
+        with pytest.raises(ClosedError):
+            use()
+    assert whole.read_bytes(0, 1) == b"\0"

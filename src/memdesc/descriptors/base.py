@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 from memdesc import _core
 from memdesc.copyio import bytes_of
 from memdesc.descriptors.mappable import Mappable
-from memdesc.errors import NotPreparedError, SealedError, WiringError, WiringReason
+from memdesc.errors import InvalidArgument, NotPreparedError, SealedError, WiringError, WiringReason
 from memdesc.mapping import check_range, view_as_array
 from memdesc.vm.pages import Direction, page_size, page_span
 from memdesc.vm.task import Task
@@ -284,3 +284,13 @@ class MemoryDescriptor(Mappable):
         from memdesc.descriptors.address_range import PythonBufferDescriptor
 
         return PythonBufferDescriptor(buffer, direction)
+
+
+def check_descriptor(value: object, what: str) -> MemoryDescriptor:
+    """Give a descriptor back, else raise `InvalidArgument` with what to do."""
+    if isinstance(value, MemoryDescriptor):
+        return value
+    raise InvalidArgument(
+        f"{what} is of type {type(value).__name__}: give a MemoryDescriptor; "
+        "MemoryDescriptor.with_buffer(…) describes a buffer or array that exists already"
+    )

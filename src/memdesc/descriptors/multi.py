@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, final
 
 from memdesc import _core
-from memdesc.descriptors.base import MemoryDescriptor, PageCounts
+from memdesc.descriptors.base import MemoryDescriptor, PageCounts, check_descriptor
 from memdesc.errors import InvalidArgument
 from memdesc.mapping import Extent, Placement, check_range, map_extents
 from memdesc.vm.pages import Access, Direction
@@ -33,8 +33,12 @@ class MultiMemoryDescriptor(MemoryDescriptor):
     def __init__(
         self, members: Sequence[MemoryDescriptor], direction: Direction | None = None
     ) -> None:
-        if not members:
-            raise InvalidArgument("a MultiMemoryDescriptor of no members describes nothing")
+        if not isinstance(members, Sequence) or not members:
+            raise InvalidArgument(
+                f"members is {members!r}: give a sequence of at least one MemoryDescriptor"
+            )
+        for number, member in enumerate(members):
+            check_descriptor(member, f"member {number}")
         name = "+".join(member.name for member in members[:3]) + ("+…" if members[3:] else "")
         super().__init__(members[0].direction if direction is None else direction, name)
         self.members = tuple(members)
@@ -62,6 +66,7 @@ class MultiMemoryDescriptor(MemoryDescriptor):
             start += member.length
 
     def _extents(self, offset: int, length: int, access: Access) -> list[Extent]:
+        self._check_open()
         return [
             extent
             for member, at, nbytes in self._parts(offset, length)
@@ -71,6 +76,7 @@ class MultiMemoryDescriptor(MemoryDescriptor):
     def _map_here(
         self, offset: int, length: int, access: Access, placement: Placement
     ) -> _core.Window | memoryview:
+        self._check_open()
         parts = list(self._parts(offset, length))
         if len(parts) == 1:
             member, at, nbytes = parts[0]
@@ -125,7 +131,7 @@ class MultiMemoryDescriptor(MemoryDescriptor):
         def undo() -> None:
             while prepared:
                 member = prepared.pop()
-                if not member.closed:  # closing completed it already
+                if member.prepare_count:  # closing it, or a complete() too many, may have undone it
                     member.complete()
 
         try:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import final
 
 from memdesc import _core
-from memdesc.descriptors.base import MemoryDescriptor, PageCounts
+from memdesc.descriptors.base import MemoryDescriptor, PageCounts, check_descriptor
 from memdesc.errors import RangeError
 from memdesc.mapping import Extent, Placement, check_range
 from memdesc.vm.pages import Access, Direction
@@ -38,6 +38,7 @@ class SubMemoryDescriptor(MemoryDescriptor):
         length: int | None = None,
         direction: Direction | None = None,
     ) -> None:
+        check_descriptor(parent, "parent")
         super().__init__(parent.direction if direction is None else direction, parent.name)
         self.parent = parent
         self.offset, self._length = check_range(offset, length, parent.length, "the parent")
@@ -62,11 +63,13 @@ class SubMemoryDescriptor(MemoryDescriptor):
         return self.offset + offset
 
     def _extents(self, offset: int, length: int, access: Access) -> list[Extent]:
+        self._check_open()
         return self.parent._extents(self._within(offset), length, access)
 
     def _map_here(
         self, offset: int, length: int, access: Access, placement: Placement
     ) -> _core.Window | memoryview:
+        self._check_open()
         return self.parent._map_here(self._within(offset), length, access, placement)
 
     def _export(self) -> _core.Window | memoryview:
@@ -100,7 +103,7 @@ class SubMemoryDescriptor(MemoryDescriptor):
         parent.prepare(direction)
 
         def undo() -> None:
-            if not parent.closed:  # closing completed it already
+            if parent.prepare_count:  # closing it, or a complete() too many, may have undone it
                 parent.complete()
 
         return undo

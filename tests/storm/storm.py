@@ -27,6 +27,8 @@ from memdesc.memory.page_kinds import meminfo
 from memdesc.services import connection, folder, service  # noqa: F401 (before any fork)
 
 SERVICE = "storm"
+NAME = f"storm-{os.getpid()}"
+"""Of all its memory, in every process: each is forked from this one."""
 CLIENTS = 5
 LONGEST_LIFE = 0.08
 """Seconds between two kills at most."""
@@ -42,7 +44,7 @@ def make_buffer(rng: random.Random) -> md.BufferMemoryDescriptor:
     nbytes = rng.choice([100, 5000, 300_000, 2_000_000])
     access = rng.choice(list(md.Access))
     wired = nbytes <= 300_000 and rng.random() < 0.5
-    options = {"name": SERVICE, "max_access": access}
+    options = {"name": NAME, "max_access": access}
     try:
         made = md.BufferMemoryDescriptor(nbytes, wired=wired, **options)
     except md.WiringError:  # the limit on locked memory
@@ -160,7 +162,7 @@ def holders() -> int:
     found = 0
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with contextlib.suppress(OSError):
-            found += f"/memfd:{SERVICE} " in maps.read_text()
+            found += f"/memfd:{NAME} " in maps.read_text()
     return found
 
 

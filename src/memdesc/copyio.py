@@ -85,7 +85,8 @@ class Copier(Protocol):
 
 
 _copiers: dict[Task, list[Copier]] = {}
-_copiers_lock = threading.Lock()
+# Reentrant: the collector may end a dropped connection, and unregister its copier, at any moment.
+_copiers_lock = threading.RLock()
 
 _Move = Callable[[int, memoryview], int]
 
@@ -94,6 +95,12 @@ def register_copier(task: Task, copier: Copier) -> None:
     """Offer a way to copy for where the kernel denies it; of several the latest is taken."""
     with _copiers_lock:
         _copiers.setdefault(task, []).append(copier)
+
+
+def renew_lock() -> None:
+    """After a fork in the child: another thread of the parent may have held the lock."""
+    global _copiers_lock
+    _copiers_lock = threading.RLock()
 
 
 def unregister_copier(task: Task, copier: Copier) -> None:

@@ -17,7 +17,14 @@ import pytest
 from children import in_child
 
 import memdesc as md
-from memdesc import Access, BufferMemoryDescriptor, MemoryDescriptor, UnsupportedError, page_size
+from memdesc import (
+    Access,
+    BufferMemoryDescriptor,
+    MemoryDescriptor,
+    UnsupportedError,
+    copyio,
+    page_size,
+)
 from memdesc.memory import memfd
 from memdesc.memory.memfd import OwnedObject
 from memdesc.services import folder
@@ -199,3 +206,36 @@ def test_every_kind_has_a_lock_that_a_fork_renews() -> None:
         before = [kind._lock for kind in kinds]
         assert in_child(lambda: all(k._lock is not b for k, b in zip(kinds, before, strict=True)))
         assert all(k._lock is b for k, b in zip(kinds, before, strict=True))
+
+
+class NoCopier:
+    """Copies nothing."""
+
+    def read(self, address: int, buffer: memoryview) -> int:
+        return 0
+
+    def write(self, address: int, data: memoryview) -> int:
+        return 0
+
+
+def test_the_collector_may_end_a_connection_while_a_copier_is_registered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    task, dropped, fresh = md.Task.current(), NoCopier(), NoCopier()
+
+    class Interrupted(dict[md.Task, list[copyio.Copier]]):
+        def setdefault(self, key: Any, default: Any = None) -> Any:
+            copyio.unregister_copier(task, dropped)  # as a finalizer does, at any moment
+            return super().setdefault(key, default)
+
+    monkeypatch.setattr(copyio, "_copiers", Interrupted({task: [dropped]}))
+    thread = threading.Thread(target=copyio.register_copier, args=(task, fresh), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert copyio._copiers == {task: [fresh]}
+
+
+def test_copiers_are_registered_in_a_fork_child_too() -> None:
+    with md.Service("first"), held(copyio._copiers_lock):
+        in_child(lambda: copyio.register_copier(md.Task.current(), NoCopier()), timeout=20)

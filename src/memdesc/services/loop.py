@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-from memdesc import mapping
+from memdesc import copyio, mapping
 from memdesc.errors import ClosedError
 from memdesc.services.failures import no_descriptor
 
@@ -135,7 +135,8 @@ class Loop:
     def forked(self) -> None:
         """Close what the child inherited of the epoll and its wake-up."""
         self._selector.close()
-        os.close(self._wake)
+        wake, self._wake = self._wake, -1  # its number will be another file's
+        os.close(wake)
 
 
 _loop: Loop | None = None
@@ -184,6 +185,7 @@ def _in_child() -> None:
     _held.clear()
     _lock = threading.Lock()
     mapping.forget_carriers()
+    copyio.renew_lock()
     for what in list(_inherited):
         what.forked()
     _inherited.clear()

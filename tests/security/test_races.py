@@ -239,3 +239,23 @@ def test_the_collector_may_end_a_connection_while_a_copier_is_registered(
 def test_copiers_are_registered_in_a_fork_child_too() -> None:
     with md.Service("first"), held(copyio._copiers_lock):
         in_child(lambda: copyio.register_copier(md.Task.current(), NoCopier()), timeout=20)
+
+
+def test_an_interrupt_just_after_sending_ends_no_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with md.Service("first") as service, BufferMemoryDescriptor(page_size) as buffer:
+        service.share("it", buffer)
+        with md.connect("first") as connection:
+            put = type(connection)._put
+
+            def interrupted(self: md.Connection, message: Any, fds: Any) -> bool:
+                put(self, message, fds)
+                raise KeyboardInterrupt
+
+            with monkeypatch.context() as patch:
+                patch.setattr(type(connection), "_put", interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    connection.map("it")
+            assert connection.map("it").length == page_size
+            assert not connection._pending

@@ -288,11 +288,6 @@ class Channel:
             self._pending[message.id] = pending
         try:
             self._ask(message, fds)
-        except BaseException:
-            with self._lock:  # nothing was sent
-                self._pending.pop(message.id, None)
-            raise
-        try:
             if not pending.done.wait(timeout) and self._give_up(message.id, undo):
                 raise TimedOutError(
                     f"task {self.task.pid} did not answer {type(message).__name__} within "
@@ -308,12 +303,23 @@ class Channel:
         return self._checked(pending, kind)
 
     def _ask(self, message: Any, fds: Sequence[int]) -> None:
-        if not self._put(message, fds):
+        try:
+            queued = self._put(message, fds)
+        except MemdescError:
+            self._forget(message.id)
+            raise
+        if not queued:
+            self._forget(message.id)
             raise TimedOutError(
                 f"task {self.task.pid} does not read: {len(self._queue):,} messages wait for "
                 f"it, so {type(message).__name__} was not sent (stopped?)",
                 errno=errno.ENOBUFS,
             )
+
+    def _forget(self, number: int) -> None:
+        """Await no answer: nothing was sent."""
+        with self._lock:
+            self._pending.pop(number, None)
 
     def _checked(self, pending: _Pending, kind: type[_T]) -> tuple[_T, list[int]]:
         answer, fds = pending.answer, pending.fds

@@ -28,8 +28,8 @@ def test_the_folder_is_chosen_by_the_environment(monkeypatch, runtime_dir):
     assert folder.socket_path("./camera") == Path("camera")
 
 
-def test_the_folder_is_made_for_its_user_alone(monkeypatch, tmp_path):
-    monkeypatch.setenv("MEMDESC_RUNTIME_DIR", str(tmp_path / "deep" / "run"))
+def test_the_folder_is_made_for_its_user_alone(monkeypatch, runtime_dir):
+    monkeypatch.setenv("MEMDESC_RUNTIME_DIR", str(runtime_dir / "deep" / "run"))
     with md.Service("camera") as service:
         assert stat.S_IMODE(service.path.parent.stat().st_mode) == 0o700
         assert stat.S_IMODE(service.path.stat().st_mode) == 0o600
@@ -81,9 +81,9 @@ def test_what_is_no_name(name):
         assert count_fds() == before
 
 
-def test_the_longest_path_works(tmp_path):
-    room = 107 - len(os.fsencode(tmp_path)) - 1
-    path = f"{tmp_path}/{'n' * room}"
+def test_the_longest_path_works(runtime_dir):
+    room = 107 - len(os.fsencode(runtime_dir)) - 1
+    path = f"{runtime_dir}/{'n' * room}"
     with md.Service(path) as service, md.connect(path) as connection:
         assert len(os.fsencode(service.path)) == 107
         assert connection.shares() == []
@@ -208,8 +208,8 @@ def test_the_socket_of_a_killed_service_is_swept_at_the_next_opening(puppet, run
 
 
 @pytest.mark.slow
-def test_the_path_of_a_killed_service_is_taken_over(puppet, tmp_path):
-    path = f"{tmp_path}/camera"
+def test_the_path_of_a_killed_service_is_taken_over(puppet, runtime_dir):
+    path = f"{runtime_dir}/./camera"
     killed = puppet(f"service = md.Service({path!r})")
     killed.kill()
     assert Path(path).is_socket()

@@ -217,8 +217,8 @@ def connect(
     timeout : float, optional
         Seconds in all to wait for the service to appear and to answer; None waits for ever.
     mapping_limit : int
-        How many ranges the service may map into this task at a time; 0 refuses all. A mapping is one, or
-        as many as the pieces that it was put together from.
+        How many ranges the service may map into this task at a time; 0 refuses all. A mapping
+        is one, or as many as the pieces that it was put together from.
     allow_copy : bool
         Let the service copy this task's memory through the connection (copyin, copyout) where the
         kernel denies it the direct way. It may then read and write any of it.

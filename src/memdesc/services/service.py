@@ -70,8 +70,8 @@ class Service:
         Takes the client's `Task` (its `credentials` are the kernel's word), says whether it is
         admitted. By default: the same user. Called on the I/O thread; must not wait.
     mapping_limit : int
-        How many ranges one client may map into this task at a time; 0 refuses all. A mapping is one, or
-        as many as the pieces that it was put together from.
+        How many ranges one client may map into this task at a time; 0 refuses all. A mapping
+        is one, or as many as the pieces that it was put together from.
 
     Raises
     ------

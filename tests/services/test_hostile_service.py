@@ -263,3 +263,16 @@ def test_a_thread_is_not_needed_to_be_hostile(runtime_dir):
                 md.connect("hostile", timeout=20)
         thread.join(20)
     (runtime_dir / "hostile").unlink()
+
+
+def test_a_list_of_shares_without_end_is_not_read_for_ever(runtime_dir: Path) -> None:
+    def answers(one: Stranger) -> None:
+        welcome(one)
+        page = tuple(protocol.Share("same", 1, False) for _ in range(128))
+        while True:
+            one.send(protocol.Shares(one.receive()[0].id, page, True))
+
+    with service_that(answers, runtime_dir / "hostile"):
+        with md.connect("hostile") as connection:
+            with pytest.raises(md.ProtocolError):
+                connection.shares(timeout=None)

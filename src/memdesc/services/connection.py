@@ -30,6 +30,9 @@ from memdesc.services.peer import Peer
 from memdesc.vm.pages import Access
 from memdesc.vm.task import Task
 
+_MOST_SHARES = 1 << 16
+"""Entries of a list that are read: a service could go on until this process has no memory left."""
+
 
 @final
 class Connection(Peer):
@@ -66,6 +69,11 @@ class Connection(Peer):
             found += answer.shares
             if not answer.more or not answer.shares:
                 return found
+            if len(found) > _MOST_SHARES:
+                raise ProtocolError(
+                    f"service {self.name!r} lists more than {_MOST_SHARES:,} shares, without end",
+                    errno=errno.EPROTO,
+                )
 
     def descriptor(self, name: str, timeout: float | None = 5.0) -> ReceivedMemoryDescriptor:
         """Get a descriptor of what is shared under a name, waiting for it. Owned by the caller.

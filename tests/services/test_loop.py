@@ -162,5 +162,4 @@ def test_a_task_that_the_program_closed_is_watched_all_the_same(puppet):
         client = service.wait_client(20)
         client.task.close()
         one.kill()
-        wait_until(lambda: client.closed)
-        assert service.clients() == []
+        wait_until(lambda: client.closed and service.clients() == [])

@@ -327,7 +327,9 @@ def test_stopped_in_the_middle_nothing_is_left(
     names = demo_kernel.shm_names()
     command = [*MEMDESC, "demo", str(files[0])]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, text=True, preexec_fn=heed_interrupts
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if "round 1: memdesc" in line:  # another way is at work now
@@ -347,6 +349,11 @@ def test_stopped_in_the_middle_nothing_is_left(
         with pytest.raises(md.ServiceNotFoundError):
             md.connect("nobody", timeout=0)
     assert list(runtime_dir.iterdir()) == []
+
+
+def heed_interrupts() -> None:
+    """In the child: a shell's background job starts with SIGINT ignored, and hands that on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def is_alive(pid: int) -> bool:

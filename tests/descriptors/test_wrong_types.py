@@ -36,3 +36,9 @@ def test_a_descriptor_alone_is_no_sequence_of_members():
 def test_a_name_is_text(name):
     with pytest.raises(md.InvalidArgument, match="give a str"):
         md.BufferMemoryDescriptor(1, name=name)
+
+
+@pytest.mark.parametrize("dtype", ["(((", "no such", object, 7.5, "V0"])
+def test_what_is_no_dtype(dtype):
+    with md.BufferMemoryDescriptor(8) as buffer, pytest.raises(md.InvalidArgument):
+        buffer.array(1, dtype)

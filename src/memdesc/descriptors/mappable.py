@@ -137,8 +137,8 @@ class Mappable(_core.Exporter, ABC):
         Returns
         -------
         LocalMemoryMap or RemoteMemoryMap
-            Keeps this descriptor alive. Ends by `unmap`, by its ``with`` block, or when it and
-            its views are collected.
+            Keeps this descriptor alive. Ends by `unmap` or its ``with`` block; in this task also
+            when it and its views are collected, in another one with the connection.
 
         Raises
         ------

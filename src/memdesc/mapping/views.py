@@ -63,7 +63,10 @@ def view_as_array(
     """
     import numpy as np
 
-    kind = np.dtype("u1" if dtype is None else dtype)
+    try:
+        kind = np.dtype("u1" if dtype is None else dtype)
+    except (TypeError, ValueError, SyntaxError) as error:  # a service's word, perhaps
+        raise InvalidArgument(f"{dtype!r} is no dtype: {error}") from error
     if kind.hasobject:
         raise InvalidArgument(f"dtype {kind} holds Python objects, which live in one process only")
     if not kind.itemsize or kind.subdtype:

@@ -156,8 +156,11 @@ def _read_children() -> dict[int, str]:
 
 
 def _read_shm() -> frozenset[str]:
+    """Names of this user, but for multiprocessing's semaphores: a tracker removes those later."""
     found = set()
     for path in _entries(_SHM):
+        if path.name.startswith("sem.mp-"):
+            continue
         with suppress(FileNotFoundError):
             if path.lstat().st_uid == os.geteuid():
                 found.add(path.name)

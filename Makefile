@@ -29,7 +29,7 @@ help:
 	@echo "make test-wheel      the whole suite on the wheel, on every CPython >= 3.11 found"
 	@echo "make test-user       the whole suite as an ordinary user (started as root)"
 	@echo "make test-container  the whole suite as a container's root (started as root)"
-	@echo "make storm           the long storm of SIGKILLs"
+	@echo "make storm           the long storm of SIGKILLs, and of histories of descriptors"
 	@echo "make bench           the benchmarks"
 	@echo "make docs            the documentation, into docs/_build/html"
 	@echo "make wheel           the abi3 wheel, into dist"
@@ -61,7 +61,7 @@ test-container: .venv/test.stamp
 	@$(BIN)/python tests/runs.py container $(RUN_ARGS)
 
 storm: .venv/test.stamp
-	@MEMDESC_STORM=long $(BIN)/pytest --timeout 3600 tests/storm $(ARGS)
+	@MEMDESC_STORM=long $(BIN)/pytest --timeout 3600 tests/storm tests/stateful $(ARGS)
 
 bench: .venv/test.stamp
 	@for file in $(BENCHMARKS); do $(BIN)/python $$file $(ARGS) || exit; done

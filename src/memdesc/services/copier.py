@@ -17,7 +17,7 @@ from memdesc.errors import AccessDeniedError, PeerGoneError
 from memdesc.services import protocol
 
 if TYPE_CHECKING:
-    from memdesc.services.peer import Peer
+    from memdesc.services.channel import Channel
 
 _TIMEOUT = 5.0
 
@@ -25,8 +25,8 @@ _TIMEOUT = 5.0
 class PeerCopier:
     """A connection as a `memdesc.copyio.Copier`. Holds it weakly: it must not keep it open."""
 
-    def __init__(self, peer: Peer) -> None:
-        self._peer = weakref.ref(peer)
+    def __init__(self, channel: Channel) -> None:
+        self._channel = weakref.ref(channel)
 
     def read(self, address: int, buffer: memoryview) -> int:
         """Have the peer read its memory; fewer bytes than asked for where a page is missing."""
@@ -52,20 +52,20 @@ class PeerCopier:
         return done
 
     def _read(self, address: int, nbytes: int) -> bytes:
-        peer = self._connected()
-        question = protocol.ReadMemory(peer.next_id(), address, nbytes)
-        return peer.request(question, protocol.MemoryRead, timeout=_TIMEOUT)[0].data
+        channel = self._connected()
+        question = protocol.ReadMemory(channel.next_id(), address, nbytes)
+        return channel.request(question, protocol.MemoryRead, timeout=_TIMEOUT)[0].data
 
     def _write(self, address: int, data: bytes) -> int:
-        peer = self._connected()
-        question = protocol.WriteMemory(peer.next_id(), address, data)
-        return peer.request(question, protocol.MemoryWritten, timeout=_TIMEOUT)[0].nbytes
+        channel = self._connected()
+        question = protocol.WriteMemory(channel.next_id(), address, data)
+        return channel.request(question, protocol.MemoryWritten, timeout=_TIMEOUT)[0].nbytes
 
-    def _connected(self) -> Peer:
-        peer = self._peer()
-        if peer is None:
+    def _connected(self) -> Channel:
+        channel = self._channel()
+        if channel is None:
             raise PeerGoneError("the connection was dropped", errno=errno.ECONNRESET)
-        return peer
+        return channel
 
 
 def read_own(message: protocol.ReadMemory, *, allowed: bool) -> tuple[Any, list[int]]:

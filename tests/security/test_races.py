@@ -151,7 +151,7 @@ def test_a_signal_does_not_stop_the_reserving_of_memory(times: int) -> None:
     assert fault.failures == times
 
 
-# The interrupt may strike in the middle of pathlib's own open(), whose file the collector then shuts.
+# The interrupt may strike within pathlib's own open(), whose file the collector then shuts.
 @pytest.mark.filterwarnings(
     "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
 )

@@ -74,10 +74,9 @@ class Node:
         self.check_range(offset, length)
         if self.kind == "buffer":
             return self.bytes_at(offset, length)
-        parts = list(self.parts(offset, length))
-        if self.kind == "sub" and not parts:
-            self.members[0].check_open()
-        return b"".join(node.read(at, n) for node, at, n in parts)
+        if self.kind == "sub":  # also of no bytes
+            return self.members[0].read(self.offset + offset, length)
+        return b"".join(node.read(at, n) for node, at, n in self.parts(offset, length))
 
     def write(self, offset: int, data: bytes) -> None:
         self.check_open()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import weakref
 
 import pytest
 from drivers import driver, reason_of
@@ -268,7 +269,9 @@ def test_a_connection_that_is_dropped_is_no_way_any_more():
         connection = md.connect("camera")
         task = md.Task(one.pid)
         assert buffer.create_mapping_in_task(task).is_mapped
+        gone = weakref.ref(connection)
         del connection
+        wait_until(lambda: gone() is None)  # the I/O thread may be at it still
         assert reason_of(lambda: buffer.create_mapping_in_task(task))[0] is Reason.NOT_CONNECTED
         task.close()
         assert one.finish() == 0

@@ -60,7 +60,6 @@ def run_as_user(short: bool) -> int:
         return skip(denied)
     with tempfile.TemporaryDirectory(prefix="memdesc-") as folder:
         work = Path(folder)
-        work.chmod(0o755)
         found = [path for path in interpreters() if version_of(path, USER)]
         if not found:
             return skip("no CPython >= 3.11 here that another user may run")
@@ -178,9 +177,16 @@ def install_wheel(python: Path, folder: Path) -> Path:
 def own_home(folder: Path, owner: int) -> dict[str, str]:
     """Make a home of his own; give the environment that says so."""
     environment = dict(os.environ)
-    for variable, name in [("HOME", "home"), ("XDG_RUNTIME_DIR", "run"), ("TMPDIR", "tmp")]:
+    # Tests have children of other users, who must reach what lies in TMPDIR, as in /tmp itself.
+    folder.chmod(0o755)
+    for variable, name, mode in [
+        ("HOME", "home", 0o700),
+        ("XDG_RUNTIME_DIR", "run", 0o700),
+        ("TMPDIR", "tmp", 0o1777),
+    ]:
         path = folder / name
-        path.mkdir(mode=0o700)
+        path.mkdir()
+        path.chmod(mode)
         os.chown(path, owner, owner)
         environment[variable] = str(path)
     environment["MEMDESC_RUNTIME_DIR"] = environment["XDG_RUNTIME_DIR"]

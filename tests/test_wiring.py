@@ -25,6 +25,7 @@ from wired import (
     at,
     fails,
     locked,
+    nothing_wired,  # noqa: F401 - a fixture for every test here
     pages,
     unmap,
 )
@@ -37,15 +38,6 @@ from memdesc.testing import failing
 from memdesc.vm.pages import page_size
 from memdesc.wiring import Wire, statistics, wire, wire_count, wired_bytes
 from memdesc.wiring.counts import Counts
-
-
-@pytest.fixture(autouse=True)
-def nothing_wired() -> Iterator[None]:
-    assert (locked(), wired_bytes(), statistics().tokens) == (0, 0, 0)
-    yield
-    gc.collect()
-    assert (locked(), wired_bytes(), statistics().tokens) == (0, 0, 0)
-
 
 # ── Claims and the kernel's count ────────────────────────────────────────────────────────────
 

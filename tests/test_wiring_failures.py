@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import gc
 import os
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,6 +20,7 @@ from wired import (
     fails,
     libc,
     locked,
+    nothing_wired,  # noqa: F401 - a fixture for every test here
     pages,
     unmap,
 )
@@ -36,15 +36,6 @@ from memdesc.errors import (
 from memdesc.testing import failing
 from memdesc.vm.pages import page_size
 from memdesc.wiring import statistics, wire, wire_count, wired_bytes
-
-
-@pytest.fixture(autouse=True)
-def nothing_wired() -> Iterator[None]:
-    assert (locked(), wired_bytes(), statistics().tokens) == (0, 0, 0)
-    yield
-    gc.collect()
-    assert (locked(), wired_bytes(), statistics().tokens) == (0, 0, 0)
-
 
 # ── Failing: the reason, and nothing half wired ──────────────────────────────────────────────
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import gc
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from memdesc.errors import (
     WiringError,
 )
 from memdesc.vm.pages import page_size
-from memdesc.wiring import wire, wired_bytes
+from memdesc.wiring import statistics, wire, wired_bytes
 
 READ_WRITE = _core.PROT_READ | _core.PROT_WRITE
 CAP_IPC_LOCK = 14
@@ -20,6 +22,14 @@ CLONE_NEWUSER = 0x10000000
 MAP_NORESERVE = 0x4000
 
 libc = ctypes.CDLL(None, use_errno=True)
+
+
+@pytest.fixture(autouse=True)
+def nothing_wired() -> Iterator[None]:
+    assert (locked(), wired_bytes(), statistics().tokens) == (0, 0, 0)
+    yield
+    gc.collect()
+    assert (locked(), wired_bytes(), statistics().tokens) == (0, 0, 0)
 
 
 def pages(count: int, prot: int = READ_WRITE, flags: int = 0) -> _core.MappedMemory:

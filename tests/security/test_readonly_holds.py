@@ -244,8 +244,8 @@ def test_the_same_ways_do_write_what_was_given_read_write(meeting: Path) -> None
 def connected_client(service: Service) -> Iterator[Task]:
     """Another process that is connected to a service, and answers."""
     code = "import sys, memdesc; c = memdesc.connect(sys.argv[1], timeout=20); sys.stdin.read()"
-    while service.clients():
-        service.clients()[0].close()
+    for earlier in service.clients():
+        earlier.close()
     command = [sys.executable, "-c", code, service.name]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as program:
         try:

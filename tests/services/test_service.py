@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import socket
 import tempfile
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from puppets import wait_until
 
 import memdesc as md
 from memdesc.errors import TimedOutError
+from memdesc.services import connection as module
 
 RW = md.Access.READ_WRITE
 RO = md.Access.READ_ONLY
@@ -182,10 +186,11 @@ def test_a_rule_decides_by_the_kernels_word():
     assert asked == [(os.getpid(), os.geteuid())] * 2
 
 
-def connect_as_nobody(path):
+def connect_as_nobody(path, sleep=time.sleep):
     """What another user's attempt gives: the class of the error, or what he could map."""
 
     def child():
+        module.time = SimpleNamespace(monotonic=time.monotonic, sleep=sleep)
         try:
             with md.connect(path, timeout=2) as connection:
                 return bytes(connection.map("it"))[:3]
@@ -212,6 +217,35 @@ def test_another_user_is_refused_unless_the_rule_admits_him():
             with md.Service(f"{folder}/camera", allow=rule) as service:
                 service.share("it", buffer)
                 assert connect_as_nobody(service.path.as_posix()) == expected
+
+
+@pytest.mark.slow
+def test_another_user_comes_while_the_socket_is_being_opened_to_him():
+    """Between bind and chmod the socket is its owner's alone: he who comes then asks again."""
+    buffer = md.BufferMemoryDescriptor(8)
+    buffer.write_bytes(0, b"for")
+    theirs, ours = socket.socketpair()
+    with theirs, ours, tempfile.TemporaryDirectory(prefix="md-") as folder:
+        Path(folder).chmod(0o755)
+        with md.Service(f"{folder}/camera", allow=lambda task: True) as service:
+            service.share("it", buffer)
+            service.path.chmod(0o600)
+
+            def wait_for_the_owner(_):
+                theirs.send(b"refused")
+                theirs.recv(1)
+
+            def open_it():
+                if ours.recv(7):
+                    service.path.chmod(0o666)
+                    ours.send(b"!")
+
+            thread = threading.Thread(target=open_it)
+            thread.start()
+            outcome = connect_as_nobody(service.path.as_posix(), wait_for_the_owner)
+            theirs.shutdown(socket.SHUT_RDWR)
+            thread.join()
+    assert outcome == b"for"
 
 
 @pytest.mark.slow

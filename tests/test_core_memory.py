@@ -265,3 +265,63 @@ def test_an_exporter_with_nothing_to_give_raises(answer: object) -> None:
         memoryview(Holder(answer))
     with pytest.raises((TypeError, AttributeError)):
         memoryview(_core.Exporter())
+
+
+def test_an_heir_gets_the_range_when_the_last_holder_lets_go() -> None:
+    left: list[_core.MappedMemory] = []
+    memory = shared()
+    memory.leave_to(left.append)
+    address, window = memory.address, _core.Window(memory, 0, page_size, True)
+    view = memoryview(window)
+    view[:4] = b"kept"
+    del memory, window
+    assert left == []
+    del view
+    (heir,) = left
+    assert (heir.address, heir.length) == (address, page_size)
+    assert bytes(memoryview(_core.Window(heir, 0, 4, False))) == b"kept"
+    left.clear()
+    del heir
+    assert not is_mapped(address)
+
+
+def test_an_heir_in_a_cycle_gets_the_range_from_the_collector() -> None:
+    left: list[_core.MappedMemory] = []
+    memory = shared()
+    cycle: list[object] = [memory]
+    cycle.append(cycle)
+    memory.leave_to(lambda heir, cycle=cycle: left.append(heir))
+    address = memory.address
+    del memory, cycle
+    gc.collect()
+    assert [heir.address for heir in left] == [address]
+
+
+def test_an_heir_that_raises_is_told_of_and_the_range_unmapped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[object] = []
+    monkeypatch.setattr("sys.unraisablehook", lambda unraisable: told.append(unraisable.exc_value))
+
+    def refuse(_: _core.MappedMemory) -> None:
+        raise ValueError("not wanted")
+
+    memory = shared()
+    memory.leave_to(refuse)
+    address = memory.address
+    del memory
+    assert [type(error) for error in told] == [ValueError]
+    told.clear()
+    gc.collect()
+    assert not is_mapped(address)
+
+
+def test_an_heir_can_be_disinherited() -> None:
+    left: list[_core.MappedMemory] = []
+    memory = shared()
+    memory.leave_to(left.append)
+    memory.leave_to(None)
+    address = memory.address
+    del memory
+    assert left == []
+    assert not is_mapped(address)

@@ -39,7 +39,7 @@ from memdesc.errors import (
 )
 from memdesc.mapping import Extent
 from memdesc.memory.closing import close_all as close_all, discard as discard
-from memdesc.memory.memfd import ForeignObject
+from memdesc.memory.foreign import ForeignObject
 from memdesc.vm.pages import MAX_LENGTH, Access, Direction
 from memdesc.vm.task import Task
 

@@ -28,7 +28,7 @@ from memdesc import (
     receive_descriptor,
     send_descriptor,
 )
-from memdesc.memory.memfd import ForeignObject
+from memdesc.memory.foreign import ForeignObject
 from memdesc.testing import failing
 from memdesc.testing._kind import region
 

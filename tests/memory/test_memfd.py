@@ -34,7 +34,8 @@ from memdesc import (
 )
 from memdesc.mapping import Extent, map_extents
 from memdesc.memory import limits, memfd
-from memdesc.memory.memfd import ForeignObject, OwnedObject, check_name, find_owned, reopen
+from memdesc.memory.foreign import ForeignObject
+from memdesc.memory.memfd import OwnedObject, check_name, find_owned, reopen
 from memdesc.testing.faults import failing
 
 SIZE = 4 * page_size

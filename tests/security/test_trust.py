@@ -266,7 +266,7 @@ SPARSE = (
     + """
 import fcntl, os
 import memdesc as md
-from memdesc.memory.memfd import ForeignObject
+from memdesc.memory.foreign import ForeignObject
 from memdesc.mapping import Extent, map_extents
 size = 256 << 20
 fd = os.memfd_create("sparse", os.MFD_ALLOW_SEALING)

@@ -5,6 +5,7 @@ the kernel checks, and keeps no state. Addresses and lengths are bytes; a negati
 large integer is `OverflowError`.
 """
 
+from collections.abc import Callable
 from typing import Final, final
 
 from typing_extensions import Buffer
@@ -35,6 +36,12 @@ class MappedMemory:
     def address(self) -> int: ...
     @property
     def length(self) -> int: ...
+    def leave_to(self, heir: Callable[[MappedMemory], object] | None) -> None:
+        """Have `heir` called, in place of munmap, with a new owner of the range.
+
+        By whatever thread lets go last, in the midst of anything: it must not wait for a lock. If
+        it raises, that is reported as unraisable, and the range unmapped with the new owner.
+        """
 
 @final
 class Window:

@@ -71,6 +71,7 @@ cdef long _check(long rc, str call) except -1:
 
 
 @cython.final
+@cython.no_gc_clear  # else the collector could take the heir first
 cdef class MappedMemory:
     """One range of this task's addresses, unmapped when the last holder lets go of it.
 
@@ -79,13 +80,22 @@ cdef class MappedMemory:
 
     cdef readonly unsigned long address
     cdef readonly unsigned long length
+    cdef object _heir
 
     def __init__(self):
         raise TypeError("made by map_memory(), reserve_memory() or duplicate_memory()")
 
+    def leave_to(self, heir):
+        """Have `heir` called with a new owner of the range in place of unmapping it."""
+        self._heir = heir
+
     def __dealloc__(self):
+        heir, length = self._heir, self.length
+        if length and heir is not None:
+            self.length = 0
+            heir(_owned(self.address, length))
         # munmap of populated memory takes 0.1 us a page: do not hold up other threads.
-        if self.length:
+        elif length:
             with nogil:
                 md_munmap(self.address, self.length)
 

@@ -21,7 +21,8 @@ from memdesc.errors import (
     WiringReason,
 )
 from memdesc.mapping import Extent, Placement, check_range, explained, map_extents
-from memdesc.memory.memfd import ForeignObject, MemoryObject, anonymous_device, find_owned
+from memdesc.memory.foreign import ForeignObject
+from memdesc.memory.memfd import MemoryObject, anonymous_device, find_owned
 from memdesc.vm.objects import open_object
 from memdesc.vm.pages import (
     MAX_LENGTH,

@@ -12,11 +12,10 @@ from memdesc.descriptors.base import MemoryDescriptor, _nothing
 from memdesc.errors import (
     AllocationError,
     InvalidArgument,
-    MappingError,
     RangeError,
-    describe_errno,
 )
-from memdesc.mapping import Extent, Placement, map_extents
+from memdesc.mapping import Extent
+from memdesc.memory.allocation import Allocation, Request, allocate
 from memdesc.memory.memfd import OwnedObject, check_name
 from memdesc.memory.page_kinds import PageKind
 from memdesc.vm.pages import (
@@ -25,7 +24,6 @@ from memdesc.vm.pages import (
     check_integer,
     check_length,
     page_size,
-    round_page,
 )
 from memdesc.wiring import wire
 
@@ -103,7 +101,7 @@ class BufferMemoryDescriptor(MemoryDescriptor):
         name: str = "memdesc",
     ) -> None:
         super().__init__(direction, check_name(name))
-        self._object: OwnedObject | None = None
+        self._allocation: Allocation | None = None
         self.capacity = self._length = check_length(capacity, "capacity")
         alignment = _check_alignment(alignment)
         pages = PageKind(pages)
@@ -117,17 +115,17 @@ class BufferMemoryDescriptor(MemoryDescriptor):
             raise AllocationError(
                 "this kernel has no huge pages: use base pages", errno=errno.EINVAL
             )
-        size = round_page(self.capacity, pages.page_size)
-        memory = OwnedObject(name, size, pages=pages, max_access=max_access, reserve=not lazy)
-        try:
-            self._window = _map_owner(memory, self.capacity, alignment, populate=not lazy)
-            self._object = memory
-            if wired:
+        allocation = allocate(
+            Request(self.capacity, pages, max_access, alignment, lazy=lazy, name=name)
+        )
+        self._allocation = allocation
+        self._window = allocation.window(self.capacity)
+        if wired:
+            try:
                 self.prepare()
-        except BaseException:
-            self.close()
-            memory.close()
-            raise
+            except BaseException:
+                self.close()
+                raise
 
     @property
     def length(self) -> int:
@@ -143,8 +141,8 @@ class BufferMemoryDescriptor(MemoryDescriptor):
     def memory(self) -> OwnedObject:
         """The memory object, with its seals, its lifecycle and its file descriptor."""
         self._check_open()
-        assert self._object is not None
-        return self._object
+        assert self._allocation is not None
+        return self._allocation.object
 
     @property
     def address(self) -> int:
@@ -171,8 +169,8 @@ class BufferMemoryDescriptor(MemoryDescriptor):
             )
         with self._lock:
             self._check_open()
-            window = self._window
-            self._window = _core.Window(window.memory, window.offset, length, True)
+            assert self._allocation is not None
+            self._window = self._allocation.window(length)
             self._length = length
 
     def append_bytes(self, data: Buffer) -> None:
@@ -208,9 +206,10 @@ class BufferMemoryDescriptor(MemoryDescriptor):
         return wire(self._window.address, self.capacity, keep=self._window.memory).release
 
     def _close(self) -> None:
-        if self._object is not None:
-            self._object.close()
+        allocation, self._allocation = self._allocation, None
+        if allocation is not None:
             del self._window
+            allocation.close()
 
 
 def _check_alignment(alignment: int) -> int:
@@ -218,27 +217,3 @@ def _check_alignment(alignment: int) -> int:
     if value < 1 or value & (value - 1) or value > 1 << 40:
         raise InvalidArgument(f"alignment is {value}: give a power of two up to 2**40")
     return max(value, page_size)
-
-
-def _map_owner(memory: OwnedObject, nbytes: int, alignment: int, *, populate: bool) -> _core.Window:
-    """The owner's writable view: made before any grant, since the seals forbid it afterwards."""
-    placement = Placement(alignment=alignment)
-    try:
-        whole = map_extents([Extent(memory, 0, memory.size)], Access.READ_WRITE, placement)
-        if populate:
-            for offset, length in _steps(memory.size):
-                _core.madvise(whole.address + offset, length, _core.MADV_POPULATE_WRITE)
-    except OSError as error:
-        raise AllocationError(
-            f"mapping buffer {memory.name!r} of {memory.size:,} bytes for its owner: "
-            f"{error if isinstance(error, MappingError) else describe_errno(error)}; ask for less, "
-            "or say lazy=True if there are too few pages",
-            errno=error.errno,
-            requested=memory.size,
-        ) from error
-    return _core.Window(whole.memory, whole.offset, nbytes, True)
-
-
-def _steps(size: int, step: int = 64 << 20) -> list[tuple[int, int]]:
-    """Cut a long range, so that signals are honoured between the cuts."""
-    return [(offset, min(step, size - offset)) for offset in range(0, size, step)]

@@ -11,7 +11,7 @@ from memdesc import _core
 from memdesc.descriptors.base import MemoryDescriptor
 from memdesc.errors import SealedError, describe_errno
 from memdesc.mapping import Extent, check_range
-from memdesc.memory.memfd import ForeignObject
+from memdesc.memory.foreign import ForeignObject
 from memdesc.vm.pages import Access, Direction
 from memdesc.wiring import wire
 

@@ -1,0 +1,118 @@
+"""Allocating: a memory object, and the writable view that makes this task its owner.
+
+The view is made before any grant, since the seals forbid a writable one afterwards. It lies at the
+same addresses for as long as any view of the bytes is alive, whatever becomes of the object.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from memdesc import _core
+from memdesc.errors import AllocationError, describe_errno
+from memdesc.memory.memfd import OwnedObject
+from memdesc.memory.page_kinds import PageKind
+from memdesc.vm.pages import Access, page_size, round_page
+
+_STEP = 64 << 20
+"""Bytes faulted in at a time: between steps signals are honoured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is to be allocated. Checked by who asks; see `BufferMemoryDescriptor`."""
+
+    capacity: int
+    pages: PageKind
+    max_access: Access
+    alignment: int = page_size
+    lazy: bool = False
+    name: str = "memdesc"
+
+
+class Allocation:
+    """Memory of our own: the object, and its owner's view of all of it.
+
+    Attributes
+    ----------
+    object : OwnedObject
+    memory : MappedMemory
+        The addresses. May be longer than the view, for its alignment.
+    start : int
+        Of the view's first byte in `memory`.
+    """
+
+    __slots__ = ("memory", "object", "start")
+
+    def __init__(self, object: OwnedObject, memory: _core.MappedMemory, start: int) -> None:
+        self.object = object
+        self.memory = memory
+        self.start = start
+
+    @property
+    def address(self) -> int:
+        """Of the view's first byte."""
+        return self.memory.address + self.start
+
+    def window(self, nbytes: int) -> _core.Window:
+        """Give the first `nbytes` to Python, writable."""
+        return _core.Window(self.memory, self.start, nbytes, True)
+
+    def close(self) -> None:
+        """Let go of the object. The view goes with its last window."""
+        self.object.close()
+
+
+def allocate(request: Request) -> Allocation:
+    """Make a memory object, map it for its owner, and fault its pages in unless it is lazy.
+
+    Raises
+    ------
+    AllocationError
+        With `requested` and `available`; nothing stays allocated.
+    """
+    size = round_page(request.capacity, request.pages.page_size)
+    object_ = OwnedObject(
+        request.name,
+        size,
+        pages=request.pages,
+        max_access=request.max_access,
+        reserve=not request.lazy,
+    )
+    try:
+        memory, start = _map_owner(object_, request.alignment)
+        if not request.lazy:
+            _populate(memory.address + start, size)
+    except OSError as error:
+        object_.close()
+        raise AllocationError(
+            f"mapping buffer {request.name!r} of {size:,} bytes for its owner: "
+            f"{describe_errno(error)}; ask for less, or say lazy=True if there are too few pages",
+            errno=error.errno,
+            requested=size,
+        ) from error
+    except BaseException:
+        object_.close()
+        raise
+    return Allocation(object_, memory, start)
+
+
+def _map_owner(object_: OwnedObject, alignment: int) -> tuple[_core.MappedMemory, int]:
+    """Map all of an object at an aligned address: (the addresses, where it begins in them)."""
+    fd = object_.open(Access.READ_WRITE)
+    try:
+        prot = _core.PROT_READ | _core.PROT_WRITE
+        if alignment <= object_.page_size:
+            return _core.map_memory(0, object_.size, prot, _core.MAP_SHARED, fd, 0), 0
+        memory = _core.reserve_memory(object_.size + alignment - page_size)
+        start = -memory.address % alignment
+        _core.place_memory(memory, start, object_.size, prot, _core.MAP_SHARED, fd, 0)
+        return memory, start
+    finally:
+        os.close(fd)
+
+
+def _populate(address: int, size: int) -> None:
+    for offset in range(0, size, _STEP):
+        _core.madvise(address + offset, min(_STEP, size - offset), _core.MADV_POPULATE_WRITE)

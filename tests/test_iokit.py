@@ -46,6 +46,7 @@ from memdesc.iokit import (
     kIOReturnSuccess,
     kIOReturnUnsupported,
     page_size,
+    values,
 )
 from memdesc.testing.faults import failing
 from memdesc.vm.pages import Access
@@ -520,5 +521,5 @@ def test_codes_stand_for_exceptions() -> None:
         def fail(error: MemdescError = raised) -> None:
             raise error
 
-        assert iokit._code_of(fail) == code
-    assert set(iokit._WIRING_CODES) == set(md.WiringReason)
+        assert values.code_of(fail) == code
+    assert set(values._WIRING_CODES) == set(md.WiringReason)

@@ -1,175 +1,42 @@
-"""The model's own spelling: I/O Kit's names over ours, so that its code runs nearly to the letter.
-
-It adds no behaviour; every name is one call of the rooms below, and `docs/iokit.md` has the table.
-How C's ways are spelled in Python:
-
-* NULL is None. Why, is in an out-argument: every call that may give NULL takes ``why``, a list
-  that gets the exception which memdesc raised (``why = []``, then ``why[0].reason``). Nothing is
-  kept in a variable of this module: there is no "last error" that another thread could change.
-* An IOReturn or errno is the code itself; a count is a count; a C out-argument is a list.
-* What the model gives no way to fail (`setLength`) raises.
-* A pointer to memory of this task is a buffer; an address in another task is an integer.
-* An option that has no counterpart is refused (`UnsupportedError`), never passed over.
-* `release` ends what it is called on; Python counts the references, so there is no `retain`.
-
-The service's process plays the kernel: `kernel_task` is the own task, as `current_task()` is.
-"""
+"""The model's descriptors and maps."""
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from memdesc import copyio, errors
 from memdesc.descriptors.base import MemoryDescriptor
 from memdesc.descriptors.buffer import BufferMemoryDescriptor
 from memdesc.descriptors.multi import MultiMemoryDescriptor
 from memdesc.descriptors.sub import SubMemoryDescriptor
-from memdesc.errors import MemdescError, UnsupportedError, WiringError, WiringReason
-from memdesc.mapping import MemoryMap, check_range
-from memdesc.vm.pages import (
-    Access,
-    Direction,
-    page_size as page_size,
-    round_page as round_page,
-    trunc_page as trunc_page,
+from memdesc.errors import CopyError, InvalidArgument, MemdescError, UnsupportedError
+from memdesc.iokit.values import (
+    BUFFER_OPTIONS,
+    GUARDS,
+    MAP_OPTIONS,
+    NullWhere,
+    Why,
+    code_of,
+    direction_of,
+    first_bytes,
+    kIODirectionNone,
+    kIOMapAnywhere,
+    kIOMapPrefault,
+    kIOMapReadOnly,
+    kIOMapReference,
+    kIOMapUnique,
+    kIOMemoryKernelUserShared,
+    kIOMemoryPageable,
+    kIOMemoryPhysicallyContiguous,
+    kIOReturnSuccess,
 )
+from memdesc.mapping import MemoryMap
+from memdesc.vm.pages import Access, page_size
 from memdesc.vm.task import Task
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer  # collections.abc has it from 3.12 on
-
-    kernel_task: Task
-
-Why = list[MemdescError] | None
-
-# IOMemoryDescriptor.h
-kIODirectionNone: Final = 0
-kIODirectionIn: Final = 1
-kIODirectionOut: Final = 2
-kIODirectionOutIn: Final = 3
-kIODirectionInOut: Final = 3
-kIOMemoryThreadSafe: Final = 0x100000
-
-# IOBufferMemoryDescriptor.h
-kIOMemoryPhysicallyContiguous: Final = 0x10  # refused: not to be promised by this call
-kIOMemoryPageable: Final = 0x20
-kIOMemoryUnshared: Final = 0
-kIOMemoryKernelUserShared: Final = 0x10000
-
-# IOMapTypes.h
-kIOMapAnywhere: Final = 0x1
-kIOMapReadOnly: Final = 0x1000
-kIOMapReference: Final = 0x02000000
-kIOMapUnique: Final = 0x04000000
-kIOMapPrefault: Final = 0x10000000
-kIOMapGuardedSmall: Final = 0x40000000
-kIOMapGuardedLarge: Final = 0x80000000
-
-# IOReturn.h
-kIOReturnSuccess: Final = 0
-kIOReturnError: Final = 0xE00002BC
-kIOReturnNoMemory: Final = 0xE00002BD
-kIOReturnNoResources: Final = 0xE00002BE
-kIOReturnNotPrivileged: Final = 0xE00002C1
-kIOReturnBadArgument: Final = 0xE00002C2
-kIOReturnUnsupported: Final = 0xE00002C7
-kIOReturnNotWritable: Final = 0xE00002CF
-kIOReturnBusy: Final = 0xE00002D5
-kIOReturnTimeout: Final = 0xE00002D6
-kIOReturnNotReady: Final = 0xE00002D8
-kIOReturnNotAttached: Final = 0xE00002D9
-kIOReturnCannotWire: Final = 0xE00002DE
-KERN_PROTECTION_FAILURE: Final = 2  # mach/kern_return.h: prepare hands it through
-
-_DIRECTIONS = kIODirectionOutIn
-_DESCRIPTOR_OPTIONS = _DIRECTIONS | kIOMemoryThreadSafe
-_BUFFER_OPTIONS = _DESCRIPTOR_OPTIONS | kIOMemoryPageable | kIOMemoryKernelUserShared
-_GUARDS = {kIOMapGuardedSmall: page_size, kIOMapGuardedLarge: 1 << 16}  # bytes on each side
-_MAP_OPTIONS = (
-    sum(_GUARDS) | kIOMapAnywhere | kIOMapReadOnly | kIOMapReference | kIOMapUnique | kIOMapPrefault
-)
-
-# xnu: KERN_FAILURE becomes CannotWire and KERN_MEMORY_ERROR NoResources; the rest goes through.
-_WIRING_CODES = {
-    WiringReason.LIMIT: kIOReturnCannotWire,
-    WiringReason.NOT_PRIVILEGED: kIOReturnNotPrivileged,
-    WiringReason.NOT_MAPPED: kIOReturnCannotWire,
-    WiringReason.PROTECTION: KERN_PROTECTION_FAILURE,
-    WiringReason.NOT_WRITABLE: kIOReturnNotWritable,
-    WiringReason.NO_MEMORY: kIOReturnNoResources,
-    WiringReason.TOO_MANY_MAPPINGS: kIOReturnNoResources,
-    WiringReason.OTHER_TASK: kIOReturnCannotWire,
-}
-_CODES: dict[type[Exception], int] = {
-    errors.NotPreparedError: kIOReturnNotReady,
-    errors.ClosedError: kIOReturnNotReady,
-    errors.AllocationError: kIOReturnNoMemory,
-    errors.NotPrivilegedError: kIOReturnNotPrivileged,
-    errors.UnsupportedError: kIOReturnUnsupported,
-    errors.TimedOutError: kIOReturnTimeout,
-    errors.TaskGoneError: kIOReturnNotAttached,
-    errors.PeerGoneError: kIOReturnNotAttached,
-    errors.RangeError: kIOReturnBadArgument,
-    errors.InvalidArgument: kIOReturnBadArgument,
-    BufferError: kIOReturnBusy,
-}
-
-
-def __getattr__(name: str) -> Task:
-    if name == "kernel_task":  # at each use, so that in a fork child it is the child
-        return Task.current()
-    raise AttributeError(f"module 'memdesc.iokit' has no attribute {name!r}")
-
-
-def current_task() -> Task:
-    """Give the own task."""
-    return Task.current()
-
-
-class _NullWhere:
-    """Ends its block at an exception of ours, and keeps that in `why`; what follows is None."""
-
-    def __init__(self, why: Why) -> None:
-        self._why = why
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, _: object) -> bool:
-        if isinstance(error, MemdescError) and self._why is not None:
-            self._why.append(error)
-        return isinstance(error, MemdescError)
-
-
-def _code_of(act: Callable[[], object]) -> int:
-    """Do it and give the IOReturn."""
-    try:
-        act()
-    except WiringError as error:
-        return _WIRING_CODES[error.reason]
-    except (MemdescError, BufferError) as error:
-        return _CODES.get(type(error), kIOReturnError)
-    return kIOReturnSuccess
-
-
-def _direction(options: int, known: int = _DESCRIPTOR_OPTIONS) -> Direction:
-    """The direction in options, of which all must be known."""
-    if options & ~known:
-        raise UnsupportedError(
-            f"options {options:#x}: {options & ~known:#x} has no counterpart here (known: "
-            f"{known:#x}); docs/iokit.md says what stands in",
-            errno=errno.EOPNOTSUPP,
-        )
-    return Direction(options & _DIRECTIONS)
-
-
-def _first(data: Buffer, length: int) -> memoryview:
-    """The first bytes of a buffer of this task; `RangeError` where it has less."""
-    view = memoryview(data).cast("B")
-    check_range(0, length, view.nbytes, "the buffer given")
-    return view[:length]
 
 
 class IOMemoryDescriptor:
@@ -183,8 +50,8 @@ class IOMemoryDescriptor:
         address: Buffer, withLength: int, withDirection: int, why: Why = None
     ) -> IOMemoryDescriptor | None:
         """Describe memory of the own task; nothing is wired unless `prepare` is called."""
-        with _NullWhere(why):
-            part, direction = _first(address, withLength), _direction(withDirection)
+        with NullWhere(why):
+            part, direction = first_bytes(address, withLength), direction_of(withDirection)
             return IOMemoryDescriptor(MemoryDescriptor.with_buffer(part, direction))
         return None
 
@@ -193,14 +60,14 @@ class IOMemoryDescriptor:
         address: int, length: int, options: int, task: Task | None, why: Why = None
     ) -> IOMemoryDescriptor | None:
         """Describe memory of a task. No task is physical memory in the model: refused."""
-        with _NullWhere(why):
+        with NullWhere(why):
             if task is None:
                 raise UnsupportedError(
                     f"{length:,} bytes at {address:#x} of no task: physical memory can not be "
                     "described here; give a task",
                     errno=errno.EOPNOTSUPP,
                 )
-            direction = _direction(options)
+            direction = direction_of(options)
             range_ = MemoryDescriptor.with_address_range(address, length, direction, task)
             return IOMemoryDescriptor(range_)
         return None
@@ -226,11 +93,11 @@ class IOMemoryDescriptor:
 
         A length of 0 is that of the descriptor, as in the model also with an offset.
         """
-        with _NullWhere(why):
-            _direction(options, _MAP_OPTIONS)
+        with NullWhere(why):
+            direction_of(options, MAP_OPTIONS)
             if intoTask is None:
-                raise errors.InvalidArgument("no task to map into: give one", errno=errno.EINVAL)
-            guard = max((size for bit, size in _GUARDS.items() if options & bit), default=0)
+                raise InvalidArgument("no task to map into: give one", errno=errno.EINVAL)
+            guard = max((size for bit, size in GUARDS.items() if options & bit), default=0)
             mapping = self.descriptor.create_mapping_in_task(
                 intoTask,
                 offset=offset,
@@ -251,8 +118,8 @@ class IOMemoryDescriptor:
 
     def prepare(self, forDirection: int = kIODirectionNone) -> int:
         """Wire it, counted; None as the direction is the descriptor's own."""
-        return _code_of(
-            lambda: self.descriptor.prepare(_direction(forDirection) if forDirection else None)
+        return code_of(
+            lambda: self.descriptor.prepare(direction_of(forDirection) if forDirection else None)
         )
 
     def complete(self, forDirection: int = kIODirectionNone) -> int:
@@ -260,23 +127,23 @@ class IOMemoryDescriptor:
 
         kIOReturnNotReady where there is none to undo (the model says success).
         """
-        return _code_of(self.descriptor.complete)
+        return code_of(self.descriptor.complete)
 
     def readBytes(self, offset: int, bytes: Buffer, withLength: int) -> int:
         """Copy out of it; the count, which is 0 where the range leaves it."""
-        target = _first(bytes, withLength)
-        with _NullWhere(None):
+        target = first_bytes(bytes, withLength)
+        with NullWhere(None):
             target[:] = self.descriptor.read_bytes(offset, withLength)
             return withLength
         return 0
 
     def writeBytes(self, offset: int, bytes: Buffer | None, withLength: int) -> int:
         """Copy into it (NULL: zeros); the count, which is 0 where the range leaves it."""
-        source = bytearray(withLength) if bytes is None else _first(bytes, withLength)
+        source = bytearray(withLength) if bytes is None else first_bytes(bytes, withLength)
         try:
             self.descriptor.write_bytes(offset, source)
         except MemdescError as error:
-            return error.completed if isinstance(error, errors.CopyError) else 0
+            return error.completed if isinstance(error, CopyError) else 0
         return withLength
 
     def release(self) -> None:
@@ -309,8 +176,8 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor):
         inTask: Task | None, options: int, capacity: int, alignment: int = 1, why: Why = None
     ) -> IOBufferMemoryDescriptor | None:
         """Allocate. For another task than the own: refused; map a buffer into it instead."""
-        with _NullWhere(why):
-            direction = _direction(options, _BUFFER_OPTIONS)
+        with NullWhere(why):
+            direction = direction_of(options, BUFFER_OPTIONS)
             if inTask is not None and not inTask.is_current:
                 told = f"task {inTask.pid} can not own it: allocate here, then createMappingInTask"
                 raise UnsupportedError(told, errno=errno.EOPNOTSUPP)
@@ -342,7 +209,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor):
         why: Why = None,
     ) -> IOBufferMemoryDescriptor | None:
         """Allocate, and copy the first bytes of a buffer in."""
-        source = _first(bytes, withLength)
+        source = first_bytes(bytes, withLength)
         made = IOBufferMemoryDescriptor.withCapacity(
             withLength, withDirection, withContiguousMemory, why
         )
@@ -360,8 +227,8 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor):
 
     def appendBytes(self, bytes: Buffer, withLength: int) -> bool:
         """Add bytes; False and nothing added where they do not fit (the model truncates)."""
-        source = _first(bytes, withLength)
-        return _code_of(lambda: self.descriptor.append_bytes(source)) == kIOReturnSuccess
+        source = first_bytes(bytes, withLength)
+        return code_of(lambda: self.descriptor.append_bytes(source)) == kIOReturnSuccess
 
     def getBytesNoCopy(self, start: int = 0, withLength: int | None = None) -> memoryview | None:
         """View the pages themselves; of a part, None where that leaves the length."""
@@ -381,8 +248,8 @@ class IOSubMemoryDescriptor(IOMemoryDescriptor):
         of: IOMemoryDescriptor, offset: int, length: int, options: int, why: Why = None
     ) -> IOSubMemoryDescriptor | None:
         """Describe `length` bytes at `offset` of another descriptor."""
-        with _NullWhere(why):
-            part = SubMemoryDescriptor(of.descriptor, offset, length, _direction(options))
+        with NullWhere(why):
+            part = SubMemoryDescriptor(of.descriptor, offset, length, direction_of(options))
             return IOSubMemoryDescriptor(part)
         return None
 
@@ -399,9 +266,9 @@ class IOMultiMemoryDescriptor(IOMemoryDescriptor):
         why: Why = None,
     ) -> IOMultiMemoryDescriptor | None:
         """Describe the first `withCount` descriptors as one. The list is copied anyway."""
-        with _NullWhere(why):
+        with NullWhere(why):
             members = [member.descriptor for member in descriptors[:withCount]]
-            whole = MultiMemoryDescriptor(members, _direction(withDirection))
+            whole = MultiMemoryDescriptor(members, direction_of(withDirection))
             return IOMultiMemoryDescriptor(whole)
         return None
 
@@ -433,50 +300,8 @@ class IOMemoryMap:
 
     def unmap(self) -> int:
         """End it now. kIOReturnBusy while views of it are alive (the model pulls it away)."""
-        return _code_of(self.mapping.unmap)
+        return code_of(self.mapping.unmap)
 
     def release(self) -> None:
         """End it as soon as no view needs it."""
         self.mapping.__exit__()
-
-
-def _errno_of(copy: Callable[[], object]) -> int:
-    """Do it and give the errno, 0 for none."""
-    try:
-        copy()
-    except MemdescError as error:
-        return error.errno or errno.EINVAL
-    return 0
-
-
-def copyin(uaddr: int, kaddr: Buffer, nbytes: int, task: Task) -> int:
-    """Copy from a task's address into a buffer here; give the errno, 0 for none.
-
-    The model is called by the task and so knows it; here it is the last argument.
-    """
-    into = _first(kaddr, nbytes)
-    return _errno_of(lambda: copyio.copyin_into(task, uaddr, into))
-
-
-def copyout(kaddr: Buffer, uaddr: int, nbytes: int, task: Task) -> int:
-    """Copy from a buffer here to a task's address; give the errno, 0 for none."""
-    data = _first(kaddr, nbytes)
-    return _errno_of(lambda: copyio.copyout(data, task, uaddr))
-
-
-def copyinstr(uaddr: int, kaddr: Buffer, nbytes: int, done: list[int] | None, task: Task) -> int:
-    """Copy a string in with its NUL; give the errno, 0 for none.
-
-    `done` gets the bytes copied: with the NUL, or all of `nbytes` at ENAMETOOLONG, else 0.
-    """
-    into, found, result = _first(kaddr, nbytes), b"", 0
-    try:
-        found = copyio.copyinstr(task, uaddr, nbytes) + b"\0"
-    except errors.StringTooLongError as error:
-        found, result = error.data, errno.ENAMETOOLONG
-    except MemdescError as error:
-        result = error.errno or errno.EINVAL
-    into[: len(found)] = found
-    if done is not None:
-        done.append(len(found))
-    return result

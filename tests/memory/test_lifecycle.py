@@ -113,6 +113,8 @@ def test_each_mark_only_takes_away(row: dict[str, str], state: State) -> None:
         in_child(lambda: None)
     elif row["mark"] == "registered":
         life.registrations += 1
+    elif row["mark"] == "exposed":
+        life.exposed = True
     else:
         life.grantees.add(os.geteuid() + 1)
     assert life.recycling() is Recycling(row["recycled for"]) is Recycling.NOBODY

@@ -180,6 +180,36 @@ def test_the_owner_s_own_view_is_nobody_else_to_a_lease() -> None:
         assert lease(buffer.memory.fileno()) == 0
 
 
+@pytest.mark.parametrize("access", Access)
+def test_a_further_mapping_of_the_owner_is_seen_by_a_lease(access: Access) -> None:
+    """Only the first view shares the owner's description: what else is mapped is told from it."""
+    with BufferMemoryDescriptor(SIZE, max_access=Access.READ_WRITE) as buffer, no_lease_kills():
+        assert lease(buffer.memory.own_fd()) == 0
+        other = buffer.map(access=access, unique=True)
+        assert lease(buffer.memory.own_fd()) == errno.EAGAIN
+        other.unmap()
+        assert lease(buffer.memory.own_fd()) == 0
+
+
+def test_after_the_seal_no_further_writable_mapping_can_be_had() -> None:
+    memory = owned()
+    os.close(memory.grant(Access.READ_ONLY, user=os.geteuid()))
+    with pytest.raises(MappingError) as caught:
+        map_extents([Extent(memory, 0, SIZE)], Access.READ_WRITE)
+    assert (caught.value.reason, caught.value.errno) == (MappingReason.ACCESS, errno.EPERM)
+    memory.close()
+
+
+def test_asking_for_the_owner_s_descriptor_is_noted() -> None:
+    with BufferMemoryDescriptor(SIZE) as buffer:
+        buffer.memory.own_fd()
+        buffer.memory.seals()
+        buffer.map(unique=True).unmap()
+        assert not buffer.memory.lifecycle.exposed
+        buffer.memory.fileno()
+        assert buffer.memory.lifecycle.exposed
+
+
 def test_a_grant_is_open_for_no_more_than_was_granted() -> None:
     for max_access, mode in [(Access.READ_ONLY, os.O_RDONLY), (Access.READ_WRITE, os.O_RDWR)]:
         memory = owned(max_access=max_access)

@@ -6,7 +6,6 @@ same addresses for as long as any view of the bytes is alive, whatever becomes o
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 from memdesc import _core
@@ -100,17 +99,14 @@ def allocate(request: Request) -> Allocation:
 
 def _map_owner(object_: OwnedObject, alignment: int) -> tuple[_core.MappedMemory, int]:
     """Map all of an object at an aligned address: (the addresses, where it begins in them)."""
-    fd = object_.open(Access.READ_WRITE)
-    try:
-        prot = _core.PROT_READ | _core.PROT_WRITE
-        if alignment <= object_.page_size:
-            return _core.map_memory(0, object_.size, prot, _core.MAP_SHARED, fd, 0), 0
-        memory = _core.reserve_memory(object_.size + alignment - page_size)
-        start = -memory.address % alignment
-        _core.place_memory(memory, start, object_.size, prot, _core.MAP_SHARED, fd, 0)
-        return memory, start
-    finally:
-        os.close(fd)
+    fd = object_.own_fd()
+    prot = _core.PROT_READ | _core.PROT_WRITE
+    if alignment <= object_.page_size:
+        return _core.map_memory(0, object_.size, prot, _core.MAP_SHARED, fd, 0), 0
+    memory = _core.reserve_memory(object_.size + alignment - page_size)
+    start = -memory.address % alignment
+    _core.place_memory(memory, start, object_.size, prot, _core.MAP_SHARED, fd, 0)
+    return memory, start
 
 
 def _populate(address: int, size: int) -> None:

@@ -4,9 +4,10 @@ Seals, grants, snapshots, growth, recycling and fork depend on one another, and 
 be undone; so they are decided here and nowhere else. `TABLE` is the whole of it;
 `docs/memory-lifecycle.md` shows the same table, and a test holds the two together.
 
-Two marks lie across the states: *forked* (a fork child inherited the owner's writable mapping
-without any call of ours) and *registered* (a device or io_uring pins the pages). Each of them
-forbids what would replace pages behind somebody's back.
+Marks lie across the states: *forked* (a fork child inherited the owner's writable mapping without
+any call of ours), *registered* (a device or io_uring pins the pages) and *exposed* (the program
+took the owner's own descriptor, and may have duplicated it). Each of them forbids what would
+replace pages behind somebody's back.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ class Snapshot(Enum):
 
 
 class Recycling(Enum):
-    """Who may be given the memory next, once it is freed."""
+    """What the memory may become once it is freed. A lease must show that no one has it."""
 
-    ANYONE = "anyone, cleared first"
-    SAME_GRANTEES = "the same grantees or fewer, and only when a lease shows that no one has it"
+    THIS_PROGRAM = "this program's next buffers"
+    TRUSTED = "buffers of the same max_access, if the program trusts its user's tasks"
     NOBODY = "nobody: it goes back to the kernel"
 
 
@@ -69,13 +70,11 @@ _LAST = _SIZE | _core.F_SEAL_SEAL
 _FUTURE = _core.F_SEAL_FUTURE_WRITE
 
 TABLE: dict[State, Row] = {
-    State.PRIVATE: Row(_SIZE, True, None, Snapshot.FREE, True, Recycling.ANYONE),
+    State.PRIVATE: Row(_SIZE, True, None, Snapshot.FREE, True, Recycling.THIS_PROGRAM),
     State.SHARED_READ: Row(
-        _LAST | _FUTURE, True, Access.READ_ONLY, Snapshot.COPY, True, Recycling.SAME_GRANTEES
+        _LAST | _FUTURE, True, Access.READ_ONLY, Snapshot.COPY, True, Recycling.TRUSTED
     ),
-    State.SHARED_WRITE: Row(
-        _LAST, True, Access.READ_WRITE, Snapshot.COPY, True, Recycling.SAME_GRANTEES
-    ),
+    State.SHARED_WRITE: Row(_LAST, True, Access.READ_WRITE, Snapshot.COPY, True, Recycling.TRUSTED),
     State.FROZEN: Row(
         _LAST | _core.F_SEAL_WRITE,
         False,
@@ -102,12 +101,13 @@ class Lifecycle:
     -----
     Threads: the object whose memory it is holds its own lock around `grant` and `granted`. Fork:
     `forked` turns true in both the parent and the child, by a count of forks that `os.fork` bumps
-    before it divides them.
+    before it divides them, and once more after: another thread can make memory in between.
     """
 
     def __init__(self, max_access: Access) -> None:
         self.max_access = max_access
         self.registrations = 0
+        self.exposed = False
         self.grantees: set[int] = set()  # user ids; who may have kept a handle
         self._state = State.PRIVATE
         self._forks_at_birth = _forks()
@@ -126,6 +126,10 @@ class Lifecycle:
     def forked(self) -> bool:
         """Whether this process has forked since the memory was made."""
         return _forks() != self._forks_at_birth
+
+    @property
+    def _marked(self) -> bool:
+        return self.forked or self.exposed or self.registrations > 0
 
     def grant(self, access: Access, *, enforced: bool, name: str) -> tuple[State, int]:
         """Tell the state that a grant leads to, and the seals that must be there first.
@@ -173,19 +177,25 @@ class Lifecycle:
     def snapshot_cost(self) -> Snapshot:
         """Tell what a snapshot would cost now, marks included."""
         cost = self.row.snapshot
-        if cost is Snapshot.FREE and (self.forked or self.registrations):
+        if cost is Snapshot.FREE and self._marked:
             return Snapshot.COPY
         return cost
 
     def recycling(self) -> Recycling:
-        """Tell who may get the memory next, marks included.
+        """Tell what the memory may become next, marks included.
 
         A grantee of another user is never trusted to have let go: he can keep an O_PATH handle,
         which no lease sees (`docs/memory-lifecycle.md`).
         """
-        if self.forked or self.registrations or self.grantees - {os.geteuid()}:
+        if self._marked or self.grantees - {os.geteuid()}:
             return Recycling.NOBODY
         return self.row.recycling
+
+    def successor(self, max_access: Access) -> Lifecycle:
+        """Give the life of the next buffer on the same memory: its seals and grantees stay."""
+        next_ = Lifecycle(max_access)
+        next_._state, next_.grantees = self._state, set(self.grantees)
+        return next_
 
 
 _fork_count = 0
@@ -193,11 +203,13 @@ _watching_forks = False
 
 
 def _forks() -> int:
-    """How often this process, and those it came from, called os.fork since the first question."""
+    """A count that every os.fork of this process changes, from the first question on."""
     global _watching_forks
     if not _watching_forks:
         _watching_forks = True
-        os.register_at_fork(before=_count_fork)
+        os.register_at_fork(
+            before=_count_fork, after_in_parent=_count_fork, after_in_child=_count_fork
+        )
     return _fork_count
 
 

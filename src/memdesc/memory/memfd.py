@@ -13,6 +13,7 @@ import errno
 import fcntl
 import functools
 import os
+import signal
 import weakref
 from typing import Any, Protocol
 
@@ -71,8 +72,15 @@ _objects: weakref.WeakValueDictionary[tuple[int, int], OwnedObject] = weakref.We
 
 
 def find_owned(identity: tuple[int, int]) -> OwnedObject | None:
-    """Find the living memory object of this process that has that device and inode."""
-    return _objects.get(identity)
+    """Find the open memory object of this process that has that device and inode.
+
+    Who asks means to make the memory visible once more. A retired object is not found, and what
+    it kept is not recycled: a mapping made over the views that are left may escape the lease.
+    """
+    object_ = _objects.get(identity)
+    if object_ is not None and object_.abandon():
+        return None
+    return object_
 
 
 @functools.cache
@@ -129,7 +137,7 @@ class OwnedObject:
         self.pages = pages
         self.page_size = pages.page_size
         self.lifecycle = Lifecycle(max_access)
-        self._fd = -1
+        self._fd = self._remains = -1
         self._lock = lock_for(self)
         self._fd = _create(name, size, pages)
         try:
@@ -153,29 +161,41 @@ class OwnedObject:
         return True
 
     def fileno(self) -> int:
-        """Give the owner's own descriptor; `ClosedError` once it is closed."""
+        """Give the owner's own descriptor; `ClosedError` once it is closed.
+
+        No lease tells a duplicate of it from the owner: asking for it marks the memory *exposed*.
+        """
+        self.lifecycle.exposed = True
+        return self.own_fd()
+
+    def own_fd(self) -> int:
+        """As `fileno`, for the library itself: it duplicates it for no one, so there is no mark.
+
+        What is mapped through it shares the owner's description, and a lease is blind to it: for
+        the owner's one view only.
+        """
         if self._fd < 0:
             raise ClosedError(f"the memory of buffer {self.name!r} was closed")
         return self._fd
 
     def seals(self) -> int:
         """Read the seals that the kernel holds now (F_SEAL_* bits)."""
-        return fcntl.fcntl(self.fileno(), fcntl.F_GET_SEALS)
+        return fcntl.fcntl(self.own_fd(), fcntl.F_GET_SEALS)
 
     def open(self, access: Access) -> int:
-        """Give a descriptor for a mapping in the owner's own task.
+        """Give a descriptor for a further mapping in the owner's own task: an opening of its own.
 
-        The owner's writable view shares its description: then a lease tells of others only.
+        A lease sees it. A writable one can be mapped only before `FUTURE_WRITE` is on.
         """
         with self._lock:  # a close() meanwhile would give the number to some other file
-            return os.dup(self.fileno()) if access.writable else reopen(self.fileno(), access)
+            return reopen(self.own_fd(), access)
 
     def grant(self, access: Access, *, enforced: bool = True, user: int) -> int:
         """Re-open for another task of user id `user`, sealed as the lifecycle says."""
         life = self.lifecycle
         with self._lock:
             state, seals = life.grant(access, enforced=enforced, name=self.name)
-            fd = reopen(self.fileno(), access)  # may fail: before the seals, which stay
+            fd = reopen(self.own_fd(), access)  # may fail: before the seals, which stay
             try:
                 self._seal(seals)
             except BaseException:
@@ -189,7 +209,7 @@ class OwnedObject:
         if not missing:
             return
         try:
-            fcntl.fcntl(self.fileno(), fcntl.F_ADD_SEALS, missing)
+            fcntl.fcntl(self.own_fd(), fcntl.F_ADD_SEALS, missing)
         except PermissionError:
             if seals & ~self.seals():  # else a fork child, or its parent, was first
                 raise
@@ -198,8 +218,63 @@ class OwnedObject:
         """Let go of the descriptor. Mappings and other holders keep the pages."""
         close_object(self)
 
+    # -- what the recycler keeps -----------------------------------------------------------------
+
+    def retire(self) -> bool:
+        """Close it for everyone, but keep the descriptor for a successor. False where closed."""
+        with self._lock:
+            self._remains, self._fd = self._fd, -1
+            return self._remains >= 0
+
+    def abandon(self) -> bool:
+        """Close what a retired object kept. False where it is not one, or had a successor."""
+        with self._lock:
+            fd, self._remains = self._remains, -1
+            if fd >= 0:
+                os.close(fd)
+            return fd >= 0
+
+    def is_held_by_others(self) -> bool:
+        """Ask the kernel whether anything else than the owner's view still has a retired object.
+
+        By a write lease, taken and given back at once. Whoever opens the file meanwhile waits that
+        long, and the signal that tells of him is one that is ignored, not SIGIO, which kills.
+
+        Raises
+        ------
+        OSError
+            There is no telling: no leases on this system, or none for this user.
+        """
+        with self._lock:
+            fcntl.fcntl(self._remains, fcntl.F_SETSIG, signal.SIGURG)
+            try:
+                fcntl.fcntl(self._remains, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+            except BlockingIOError:
+                return True
+            opened = fcntl.fcntl(self._remains, fcntl.F_GETLEASE) != fcntl.F_WRLCK
+            fcntl.fcntl(self._remains, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+            return opened
+
+    def successor(self, max_access: Access) -> OwnedObject | None:
+        """Make the object of the next buffer on what a retired one kept; None where it was lost.
+
+        A new object: who still holds this one, which stays closed, does not reach that buffer.
+        """
+        next_ = OwnedObject.__new__(OwnedObject)
+        next_.__dict__.update(self.__dict__)
+        next_._fd = next_._remains = -1
+        next_._lock = lock_for(next_)
+        next_.lifecycle = self.lifecycle.successor(max_access)
+        with self._lock:
+            if self._remains < 0:
+                return None
+            next_._fd, self._remains = self._remains, -1
+            _objects[self.identity] = next_
+        return next_
+
     def __del__(self) -> None:
         self.close()
+        self.abandon()
 
 
 class Holder(Protocol):

@@ -265,6 +265,17 @@ def test_copy_memory_of_overlapping_ranges() -> None:
     assert data[10:90] == bytes(range(80))
 
 
+def test_zero_memory_clears_a_part_and_stays_within() -> None:
+    memory = private(2 * page_size)
+    window = memoryview(_core.Window(memory, 0, 2 * page_size, True))
+    window[:] = b"a" * 2 * page_size
+    _core.zero_memory(memory, 10, page_size)
+    assert bytes(window) == b"a" * 10 + bytes(page_size) + b"a" * (page_size - 10)
+    for at, length in [(0, 2 * page_size + 1), (2 * page_size, 1), (2 * page_size + 1, 0)]:
+        with pytest.raises(ValueError):
+            _core.zero_memory(memory, at, length)
+
+
 def test_process_vm_calls_copy_and_are_short_at_a_hole() -> None:
     reserved = _core.reserve_memory(3 * page_size)
     _core.place_memory(reserved, 0, 2 * page_size, READ_WRITE, *ANYWHERE)
@@ -309,6 +320,11 @@ def _copy() -> Callable[[], object]:
     return lambda: _core.copy_memory(target, source)
 
 
+def _zero() -> Callable[[], object]:
+    memory = private(LONG)
+    return lambda: _core.zero_memory(memory, 0, LONG)
+
+
 def _populate() -> Callable[[], object]:
     memory = private(LONG)
     return lambda: (
@@ -344,7 +360,7 @@ def _map_populated() -> Callable[[], object]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "prepare", [_copy, _populate, _allocate, _read_task, _write_task, _map_populated]
+    "prepare", [_copy, _zero, _populate, _allocate, _read_task, _write_task, _map_populated]
 )
 def test_long_calls_let_other_threads_run(prepare: Callable[[], Callable[[], object]]) -> None:
     call = prepare()

@@ -40,4 +40,5 @@ from memdesc._core._native import (
     process_vm_readv as process_vm_readv,
     process_vm_writev as process_vm_writev,
     reserve_memory as reserve_memory,
+    zero_memory as zero_memory,
 )

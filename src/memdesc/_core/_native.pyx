@@ -12,7 +12,7 @@ from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_SIMPLE, PyBUF_STRIDES,
 from cpython.buffer cimport PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AsString, PyBytes_FromStringAndSize
 from libc.stdint cimport int64_t, uintptr_t
-from libc.string cimport memmove, strerror
+from libc.string cimport memmove, memset, strerror
 
 cdef extern from "syscalls.h" nogil:
     long md_mmap(uintptr_t, size_t, int, int, int, int64_t)
@@ -319,6 +319,13 @@ def copy_memory(target, source):
             PyBuffer_Release(&of)
     finally:
         PyBuffer_Release(&into)
+
+
+def zero_memory(MappedMemory memory not None, size_t at, size_t length):
+    if at > memory.length or length > memory.length - at:
+        raise ValueError("zero_memory: outside the mapped range")
+    with nogil:
+        memset(<void *>(memory.address + at), 0, length)
 
 
 def buffer_address(buffer):

@@ -226,7 +226,7 @@ def test_more_than_the_kernel_takes_at_once() -> None:
 
 def test_signals_are_honoured_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     # In steps of a page; a real signal arrives during the third.
-    monkeypatch.setattr(copyio, "_STEP", page_size)
+    monkeypatch.setattr(copyio.transfer, "STEP", page_size)
     readv, calls = _core.process_vm_readv, []
 
     def counted(pid: int, buffer: Any, address: int) -> int:

@@ -27,6 +27,8 @@ FIELDS = {
     "available": 4096,
     "expected": 100,
     "completed": 40,
+    "pid": 4242,
+    "address": 0x7F00_0000_1000,
     "data": b"not yet ended",
 }
 

@@ -8,6 +8,7 @@ Where to begin; `help(memdesc.Service)` and so on tells more:
 * `SubMemoryDescriptor`, `MultiMemoryDescriptor`   a part; several as one
 * `Task`, `MemoryDescriptor.with_address_range`    memory of any process, by its address
 * `copyin`, `copyout`, `copyinstr`                 copies from and to any process
+* `copy_between`                                   copies from one process to another
 * `prepare`, `complete`            of any descriptor: keep it resident
 * `send_descriptor`, `receive_descriptor`          over a Unix socket of your own
 * `Access`, `Direction`, `PageKind`                words for arguments
@@ -20,7 +21,8 @@ The house, from the top down; a room knows only those below it:
 * `services`             services and connections: who may see which memory
 * `handover`             descriptors over Unix sockets and multiprocessing (`portable`: their form)
 * `descriptors`          what describes memory: buffers, address ranges, parts, several as one
-* `copyio`               copyin, copyout, copyinstr
+* `copyio`               copyin, copyout, copyinstr, copy_between
+* `crossing`             how a block of so many bytes crosses; calibration
 * `mapping`              what makes memory visible in a task
 * `wiring`               what keeps it resident
 * `memory`               memfds, their seals and their lifecycle
@@ -37,7 +39,12 @@ if _sys.platform != "linux":
         "pidfds and /proc, which other systems do not have"
     )
 
-from memdesc.copyio import copyin as copyin, copyinstr as copyinstr, copyout as copyout
+from memdesc.copyio import (
+    copy_between as copy_between,
+    copyin as copyin,
+    copyinstr as copyinstr,
+    copyout as copyout,
+)
 from memdesc.descriptors.base import MemoryDescriptor as MemoryDescriptor
 from memdesc.descriptors.buffer import BufferMemoryDescriptor as BufferMemoryDescriptor
 from memdesc.descriptors.multi import MultiMemoryDescriptor as MultiMemoryDescriptor

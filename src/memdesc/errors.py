@@ -218,28 +218,17 @@ class NotPreparedError(MemdescError, RuntimeError):
 
 
 class CopyError(MemdescError, OSError):
-    """copyin, copyout or copyinstr stopped at an address that can not be read or written.
+    """copyin, copyout, copyinstr or copy_between met an address that can not be reached.
 
     Attributes
     ----------
     expected, completed : int
         Bytes asked for, and bytes copied before the fault (they stay copied).
+    pid, address : int or None
+        The task whose memory could not be reached, and the first address that could not.
     """
 
-    _FIELDS: tuple[str, ...] = ("expected", "completed")
-
-    def __init__(
-        self, message: str, *, expected: int = 0, completed: int = 0, errno: int | None = None
-    ) -> None:
-        super().__init__(message, errno=errno)
-        self.expected = expected
-        self.completed = completed
-
-
-class StringTooLongError(CopyError):
-    """copyinstr found no NUL within the maximum (ENAMETOOLONG); `data` holds what was read."""
-
-    _FIELDS = ("expected", "completed", "data")
+    _FIELDS: tuple[str, ...] = ("expected", "completed", "pid", "address")
 
     def __init__(
         self,
@@ -247,10 +236,41 @@ class StringTooLongError(CopyError):
         *,
         expected: int = 0,
         completed: int = 0,
+        pid: int | None = None,
+        address: int | None = None,
+        errno: int | None = None,
+    ) -> None:
+        super().__init__(message, errno=errno)
+        self.expected = expected
+        self.completed = completed
+        self.pid = pid
+        self.address = address
+
+
+class StringTooLongError(CopyError):
+    """copyinstr found no NUL within the maximum (ENAMETOOLONG); `data` holds what was read."""
+
+    _FIELDS = (*CopyError._FIELDS, "data")
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        expected: int = 0,
+        completed: int = 0,
+        pid: int | None = None,
+        address: int | None = None,
         errno: int | None = None,
         data: bytes = b"",
     ) -> None:
-        super().__init__(message, expected=expected, completed=completed, errno=errno)
+        super().__init__(
+            message,
+            expected=expected,
+            completed=completed,
+            pid=pid,
+            address=address,
+            errno=errno,
+        )
         self.data = data
 
 

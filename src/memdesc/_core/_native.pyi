@@ -24,6 +24,7 @@ F_SEAL_SEAL: Final[int]
 F_SEAL_SHRINK: Final[int]
 F_SEAL_GROW: Final[int]
 F_SEAL_WRITE: Final[int]
+MADV_DONTFORK: Final[int]
 F_SEAL_FUTURE_WRITE: Final[int]
 F_SEAL_EXEC: Final[int]
 MFD_NOEXEC_SEAL: Final[int]
@@ -101,3 +102,32 @@ def zero_memory(memory: MappedMemory, at: int, length: int) -> None:
     """Fill a part of a mapped range with zeros: SIGSEGV where it is not writable."""
 
 def buffer_address(buffer: Buffer) -> tuple[int, int, bool]: ...
+def copy_words(target: Buffer, source: Buffer) -> None:
+    """Copy, reading each aligned word of 8 bytes at once; large blocks pass the caches by."""
+
+def move_memory(source: MappedMemory, at: int, length: int, target: MappedMemory, to: int) -> None:
+    """Put `length` bytes' mapping at `at` of one range in the place of what lies in another.
+
+    One step for every other thread (mremap). What lies before it in `source` is unmapped, what
+    lies behind it stays; on an error both stay as they are.
+    """
+
+def watch_stores(address: int, length: int) -> int:
+    """A userfaultfd for `exchange_memory`."""
+
+def exchange_memory(
+    watch: int,
+    source: MappedMemory,
+    at: int,
+    length: int,
+    target: MappedMemory,
+    to: int,
+    nbytes: int,
+) -> None:
+    """Copy `nbytes` at `to` of `target` into `source`, then move that there.
+
+    Stores by other threads wait meanwhile if `watch` is a userfaultfd (-1: none), which is closed
+    in any case; without one those made during the copying may be lost. On an error, also that of
+    the userfaultfd, the target is as it was.
+    """
+

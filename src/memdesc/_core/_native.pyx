@@ -47,6 +47,7 @@ PROT_READ = C_PROT_READ
 PROT_WRITE = C_PROT_WRITE
 MAP_SHARED = C_MAP_SHARED
 MAP_PRIVATE = C_MAP_PRIVATE
+        C_MADV_DONTFORK "MADV_DONTFORK"
 MAP_ANONYMOUS = C_MAP_ANONYMOUS
 MAP_FIXED_NOREPLACE = C_MAP_FIXED_NOREPLACE
 MADV_POPULATE_READ = C_MADV_POPULATE_READ
@@ -61,6 +62,7 @@ F_SEAL_WRITE = 0x0008
 F_SEAL_FUTURE_WRITE = 0x0010
 F_SEAL_EXEC = 0x0020
 MFD_NOEXEC_SEAL = 0x0008
+MADV_DONTFORK = C_MADV_DONTFORK
 
 
 cdef long _check(long rc, str call) except -1:
@@ -336,3 +338,6 @@ def buffer_address(buffer):
         return <size_t>view.buf, view.len, bool(view.readonly)
     finally:
         PyBuffer_Release(&view)
+
+
+include "snapshot.pxi"

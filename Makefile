@@ -7,7 +7,7 @@ PYTHON ?= python3
 ARGS ?=
 
 BIN := .venv/bin
-CORE := CMakeLists.txt $(wildcard src/memdesc/_core/*.pyx src/memdesc/_core/*.pxd src/memdesc/_core/*.h)
+CORE := CMakeLists.txt $(wildcard $(addprefix src/memdesc/_core/*.,pyx pxi pxd h))
 SOURCES := $(CORE) $(shell find src -name '*.py' -o -name '*.pyi')
 # A folder changes when a file comes, goes or moves: the editable install must then be told.
 FOLDERS := $(shell find src -type d -not -name __pycache__)

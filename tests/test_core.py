@@ -196,6 +196,13 @@ FAILURES: list[tuple[str, str, int, Callable[[], object]]] = [
             lambda: os.pidfd_open(os.getpid()), lambda pidfd: _core.pidfd_getfd(pidfd, 1 << 30)
         ),
     ),
+    # EINVAL as well where the kernel can not name memory at all.
+    (
+        "name_memory",
+        "prctl",
+        errno.EINVAL,
+        lambda: _core.name_memory(UNMAPPED, page_size, b"bad [name]"),
+    ),
     ("fallocate", "fallocate", errno.EBADF, lambda: _core.fallocate(-1, 0, 0, page_size)),
     (
         "fallocate",

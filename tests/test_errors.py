@@ -28,8 +28,12 @@ FIELDS = {
     "expected": 100,
     "completed": 40,
     "pid": 4242,
-    "address": 0x7F00_0000_1000,
     "data": b"not yet ended",
+    "zone": "headers",
+    "holders": (errors.Holding("program.py:7 in read", 3, 768, 1, 9),),
+    "address": 0x7F00_0000_1000,
+    "offset": 17,
+    "value": 255,
 }
 
 

@@ -10,8 +10,10 @@ Where to begin; `help(memdesc.Service)` and so on tells more:
 * `copyin`, `copyout`, `copyinstr`                 copies from and to any process
 * `copy_between`                                   copies from one process to another
 * `prepare`, `complete`            of any descriptor: keep it resident
+* `Zone`, `zprint`, `zone_map`     small private memory, fast, from a limited pool
 * `send_descriptor`, `receive_descriptor`          over a Unix socket of your own
-* `Access`, `Direction`, `PageKind`                words for arguments
+* `recycler`                       what is kept of freed buffers for the next ones
+* `Access`, `Direction`, `PageKind`, `Contents`    words for arguments
 * `MemdescError`                   the root of all errors; `MappingReason`, `WiringReason`
 
 The house, from the top down; a room knows only those below it:
@@ -19,6 +21,7 @@ The house, from the top down; a room knows only those below it:
 * `cli`, `testing`       the command line; the conformance suite, leak guard and fault injection
 * `iokit`                the model's own spelling
 * `services`             services and connections: who may see which memory
+* `alloc`                zones: small pieces of private memory, from a limited pool
 * `handover`             descriptors over Unix sockets and multiprocessing (`portable`: their form)
 * `descriptors`          what describes memory: buffers, address ranges, parts, several as one
 * `copyio`               copyin, copyout, copyinstr, copy_between
@@ -55,6 +58,8 @@ from memdesc.errors import (
     AllocationError as AllocationError,
     ClosedError as ClosedError,
     CopyError as CopyError,
+    DoubleFreeError as DoubleFreeError,
+    Holding as Holding,
     InvalidArgument as InvalidArgument,
     MappingError as MappingError,
     MappingReason as MappingReason,
@@ -62,6 +67,7 @@ from memdesc.errors import (
     NameInUseError as NameInUseError,
     NotPreparedError as NotPreparedError,
     NotPrivilegedError as NotPrivilegedError,
+    PageKindError as PageKindError,
     PeerGoneError as PeerGoneError,
     ProtocolError as ProtocolError,
     RangeError as RangeError,
@@ -72,15 +78,20 @@ from memdesc.errors import (
     TaskGoneError as TaskGoneError,
     TimedOutError as TimedOutError,
     UnsupportedError as UnsupportedError,
+    UseAfterFreeError as UseAfterFreeError,
     WiringError as WiringError,
     WiringReason as WiringReason,
+    ZoneExhausted as ZoneExhausted,
 )
 from memdesc.handover import (
     receive_descriptor as receive_descriptor,
     send_descriptor as send_descriptor,
 )
 from memdesc.mapping import MemoryMap as MemoryMap
+from memdesc.memory import recycler as recycler
+from memdesc.memory import zone_map as zone_map
 from memdesc.memory.page_kinds import PageKind as PageKind
+from memdesc.memory.recycler import Contents as Contents
 from memdesc.vm.pages import (
     Access as Access,
     Direction as Direction,
@@ -92,18 +103,27 @@ from memdesc.vm.task import Task as Task
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from memdesc.alloc import (
+        Zone as Zone,
+        collect_zones as collect_zones,
+        zprint as zprint,
+    )
     from memdesc.services.connection import Connection as Connection, connect as connect
     from memdesc.services.service import Service as Service
     from memdesc.services.user_client import UserClient as UserClient
 
 __version__ = "0.1.0"
 
-# Services bring msgspec, which importing memdesc must not: they come when first asked for.
+# Services bring msgspec, which importing memdesc must not: they come when first asked for. So do
+# the other rooms that no descriptor needs.
 _LATER = {
     "Connection": "memdesc.services.connection",
     "connect": "memdesc.services.connection",
     "Service": "memdesc.services.service",
     "UserClient": "memdesc.services.user_client",
+    "Zone": "memdesc.alloc",
+    "collect_zones": "memdesc.alloc",
+    "zprint": "memdesc.alloc",
 }
 
 

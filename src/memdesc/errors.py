@@ -7,6 +7,7 @@ Exceptions survive pickling with all their fields. This module knows no other ro
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -19,6 +20,7 @@ __all__ = [
     "NotPrivilegedError",
     "UnsupportedError",
     "AllocationError",
+    "PageKindError",
     "SealedError",
     "MappingError",
     "MappingReason",
@@ -118,7 +120,7 @@ class AllocationError(MemdescError, OSError, MemoryError):
         Bytes asked for, and bytes that the tightest limit leaves.
     """
 
-    _FIELDS = ("requested", "available")
+    _FIELDS: tuple[str, ...] = ("requested", "available")
 
     def __init__(
         self,
@@ -131,6 +133,94 @@ class AllocationError(MemdescError, OSError, MemoryError):
         super().__init__(message, errno=errno)
         self.requested = requested
         self.available = available
+
+
+class PageKindError(AllocationError):
+    """Huge pages were asked for by name and are not to be had (ENOMEM; EINVAL: never here).
+
+    Base pages might be: `pages=AUTO` falls back to them.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """Who holds what of a zone, or of the zone map: one row of a table.
+
+    Attributes
+    ----------
+    holder : str
+        Where the elements were allocated (file:line and function), if the zone tracks that. Of the
+        zone map: the zone's name.
+    elements, nbytes : int
+        How many, and how many bytes they are.
+    oldest, newest : int
+        Which allocations of the zone they are, counted from 1; 0 where there is none.
+    """
+
+    holder: str
+    elements: int
+    nbytes: int
+    oldest: int
+    newest: int
+
+
+class ZoneExhausted(AllocationError):
+    """A zone has no element left (ENOMEM), or none came free in the time given (ETIMEDOUT).
+
+    Attributes
+    ----------
+    zone : str
+        Its name.
+    holders : tuple of Holding
+        Who holds the elements; where the zone map or the machine is full, the zones that hold
+        memory.
+    """
+
+    _FIELDS = ("requested", "available", "zone", "holders")
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        errno: int | None = None,
+        requested: int | None = None,
+        available: int | None = None,
+        zone: str = "",
+        holders: tuple[Holding, ...] = (),
+    ) -> None:
+        super().__init__(message, errno=errno, requested=requested, available=available)
+        self.zone = zone
+        self.holders = holders
+
+
+class DoubleFreeError(MemdescError, ValueError):
+    """What is to be freed was freed before."""
+
+
+class UseAfterFreeError(MemdescError, RuntimeError):
+    """Memory was written to after it was freed: found when it was to be given out again.
+
+    Attributes
+    ----------
+    address, offset, value : int
+        Of the element; of the first changed byte in it; and what that byte is now.
+    """
+
+    _FIELDS = ("address", "offset", "value")
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        errno: int | None = None,
+        address: int = 0,
+        offset: int = 0,
+        value: int = 0,
+    ) -> None:
+        super().__init__(message, errno=errno)
+        self.address = address
+        self.offset = offset
+        self.value = value
 
 
 class SealedError(MemdescError, PermissionError):

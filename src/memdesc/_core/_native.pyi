@@ -6,7 +6,8 @@ large integer is `OverflowError`.
 """
 
 from collections.abc import Callable
-from typing import Final, final
+from collections import deque
+from typing import Any, Final, final
 
 from typing_extensions import Buffer
 
@@ -17,14 +18,17 @@ MAP_SHARED: Final[int]
 MAP_PRIVATE: Final[int]
 MAP_ANONYMOUS: Final[int]
 MAP_FIXED_NOREPLACE: Final[int]
+MADV_COLLAPSE: Final[int]
+MADV_HUGEPAGE: Final[int]
+MADV_NOHUGEPAGE: Final[int]
 MADV_POPULATE_READ: Final[int]
 MADV_POPULATE_WRITE: Final[int]
 MADV_DONTDUMP: Final[int]
+MADV_DONTFORK: Final[int]
 F_SEAL_SEAL: Final[int]
 F_SEAL_SHRINK: Final[int]
 F_SEAL_GROW: Final[int]
 F_SEAL_WRITE: Final[int]
-MADV_DONTFORK: Final[int]
 F_SEAL_FUTURE_WRITE: Final[int]
 F_SEAL_EXEC: Final[int]
 MFD_NOEXEC_SEAL: Final[int]
@@ -97,11 +101,13 @@ def process_vm_readv(pid: int, buffer: Buffer, address: int) -> int:
 def process_vm_writev(pid: int, buffer: Buffer, address: int) -> int: ...
 def pidfd_getfd(pidfd: int, fd: int) -> int: ...
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None: ...
+def name_memory(address: int, length: int, name: bytes) -> None:
+    """Name private anonymous memory in /proc/PID/maps (prctl PR_SET_VMA_ANON_NAME)."""
+
 def copy_memory(target: Buffer, source: Buffer) -> None: ...
 def zero_memory(memory: MappedMemory, at: int, length: int) -> None:
     """Fill a part of a mapped range with zeros: SIGSEGV where it is not writable."""
 
-def buffer_address(buffer: Buffer) -> tuple[int, int, bool]: ...
 def copy_words(target: Buffer, source: Buffer) -> None:
     """Copy, reading each aligned word of 8 bytes at once; large blocks pass the caches by."""
 
@@ -131,3 +137,75 @@ def exchange_memory(
     the userfaultfd, the target is as it was.
     """
 
+def buffer_address(buffer: Buffer) -> tuple[int, int, bool]: ...
+
+@final
+class ZoneElement:
+    """An element of a zone: a writable buffer that counts its views.
+
+    `number` tells which allocation of its zone it is, from 1; `exports` how many views it has.
+    """
+
+    @property
+    def address(self) -> int: ...
+    @property
+    def number(self) -> int: ...
+    @property
+    def exports(self) -> int: ...
+    @property
+    def living(self) -> bool: ...
+    @property
+    def zone(self) -> ElementList | None: ...
+    def __len__(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+class ElementList:
+    """Base of `Zone`: its fast half. What is slow or goes wrong is the subclass's `_alloc`,
+    `_free` and `_changed`."""
+
+    def alloc(self, timeout: float | None = 0) -> ZoneElement: ...
+    def free(self, element: ZoneElement) -> None: ...
+    def _begin(
+        self,
+        element_size: int,
+        stride: int,
+        most: int,
+        chunks: list[Any],
+        waiters: deque[Any],
+        sites: dict[int, str] | None,
+    ) -> None:
+        """Once, before anything else. `most` slots in all; `chunks` is filled by `_add_chunk`."""
+
+    def _take(self) -> ZoneElement | None: ...
+    def _add_chunk(self, base: int, slots: int, chunk: object) -> None:
+        """Add zero memory, which lives as long as `chunk`; fewer slots where that is too many."""
+
+    def _retire(self) -> list[int]:
+        """Take all chunks without a used slot off the list; give the numbers of all retired."""
+
+    def _revive(self, number: int) -> None:
+        """Put a retired chunk, whose memory is zero again, back on the list."""
+
+    def _ask(self) -> None:
+        """From here on every allocation goes to `_alloc`."""
+
+    def _inherit(self) -> None:
+        """In a fork child: from here on nothing changes any more."""
+
+    def _find(self, address: int) -> tuple[int, int] | None:
+        """The element whose stride an address lies in: its address, and its number.
+
+        The number is 0 where the slot is free, -1 where it is quarantined.
+        """
+
+    def _living(self) -> list[int]:
+        """The number of every living element, as the chunks lie."""
+
+    def _span(self) -> tuple[int, int]:
+        """The least and the greatest number of a living element; (0, 0) where there is none."""
+
+    def _let_go(self, element: ZoneElement) -> None:
+        """Free an element as soon as no view needs it."""
+
+    def _counts(self) -> tuple[int, int, int, int, int, int, int, int]:
+        """allocs, frees, drops, quarantined, living, most ever living, free slots, all slots."""

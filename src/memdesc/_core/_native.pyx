@@ -11,7 +11,9 @@ cimport cython
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_SIMPLE, PyBUF_STRIDES, PyBUF_WRITABLE
 from cpython.buffer cimport PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AsString, PyBytes_FromStringAndSize
-from libc.stdint cimport int64_t, uintptr_t
+from cpython.object cimport PyObject_Size
+from cpython.weakref cimport PyWeakref_NewRef
+from libc.stdint cimport UINT32_MAX, UINT64_MAX, int64_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memmove, memset, strerror
 
 cdef extern from "syscalls.h" nogil:
@@ -28,6 +30,7 @@ cdef extern from "syscalls.h" nogil:
     long md_process_vm_writev(int, void *, size_t, uintptr_t)
     long md_pidfd_getfd(int, int)
     long md_fallocate(int, int, int64_t, int64_t)
+    long md_name(uintptr_t, size_t, const char *)
     enum:
         C_PROT_NONE "PROT_NONE"
         C_PROT_READ "PROT_READ"
@@ -38,21 +41,28 @@ cdef extern from "syscalls.h" nogil:
         C_MAP_FIXED "MAP_FIXED"
         C_MAP_FIXED_NOREPLACE "MAP_FIXED_NOREPLACE"
         C_MAP_NORESERVE "MAP_NORESERVE"
+        C_MADV_COLLAPSE "MADV_COLLAPSE"
+        C_MADV_HUGEPAGE "MADV_HUGEPAGE"
+        C_MADV_NOHUGEPAGE "MADV_NOHUGEPAGE"
         C_MADV_POPULATE_READ "MADV_POPULATE_READ"
         C_MADV_POPULATE_WRITE "MADV_POPULATE_WRITE"
         C_MADV_DONTDUMP "MADV_DONTDUMP"
+        C_MADV_DONTFORK "MADV_DONTFORK"
 
 PROT_NONE = C_PROT_NONE
 PROT_READ = C_PROT_READ
 PROT_WRITE = C_PROT_WRITE
 MAP_SHARED = C_MAP_SHARED
 MAP_PRIVATE = C_MAP_PRIVATE
-        C_MADV_DONTFORK "MADV_DONTFORK"
 MAP_ANONYMOUS = C_MAP_ANONYMOUS
 MAP_FIXED_NOREPLACE = C_MAP_FIXED_NOREPLACE
+MADV_COLLAPSE = C_MADV_COLLAPSE
+MADV_HUGEPAGE = C_MADV_HUGEPAGE
+MADV_NOHUGEPAGE = C_MADV_NOHUGEPAGE
 MADV_POPULATE_READ = C_MADV_POPULATE_READ
 MADV_POPULATE_WRITE = C_MADV_POPULATE_WRITE
 MADV_DONTDUMP = C_MADV_DONTDUMP
+MADV_DONTFORK = C_MADV_DONTFORK
 
 # linux/fcntl.h and linux/memfd.h: absent from the standard library before 3.13.
 F_SEAL_SEAL = 0x0001
@@ -62,7 +72,6 @@ F_SEAL_WRITE = 0x0008
 F_SEAL_FUTURE_WRITE = 0x0010
 F_SEAL_EXEC = 0x0020
 MFD_NOEXEC_SEAL = 0x0008
-MADV_DONTFORK = C_MADV_DONTFORK
 
 
 cdef long _check(long rc, str call) except -1:
@@ -306,6 +315,14 @@ def fallocate(int fd, int mode, long offset, long length):
     _check(rc, "fallocate")
 
 
+def name_memory(size_t address, size_t length, bytes name not None):
+    cdef const char *text = PyBytes_AsString(name)
+    cdef long rc
+    with nogil:
+        rc = md_name(address, length, text)
+    _check(rc, "prctl")
+
+
 def copy_memory(target, source):
     """Copy `source` over `target`, two contiguous buffers of one size, without the GIL."""
     cdef Py_buffer into, of
@@ -340,4 +357,5 @@ def buffer_address(buffer):
         PyBuffer_Release(&view)
 
 
+include "zone.pxi"
 include "snapshot.pxi"

@@ -16,6 +16,7 @@
 #include <stdint.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -26,6 +27,13 @@
 #endif
 #ifndef MAP_FIXED_NOREPLACE
 #define MAP_FIXED_NOREPLACE 0x100000
+#endif
+#ifndef PR_SET_VMA
+#define PR_SET_VMA 0x53564d41
+#define PR_SET_VMA_ANON_NAME 0
+#endif
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25
 #endif
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22
@@ -92,6 +100,12 @@ static inline long md_pidfd_getfd(int pidfd, int fd) {
 
 static inline long md_fallocate(int fd, int mode, int64_t offset, int64_t length) {
     return md_rc(fallocate(fd, mode, (off_t)offset, (off_t)length));
+}
+
+/* Names private anonymous memory in /proc/PID/maps: `[anon:name]`. Linux 5.17, and a kernel
+ * built with it (CONFIG_ANON_VMA_NAME); EINVAL elsewhere. */
+static inline long md_name(uintptr_t address, size_t length, const char *name) {
+    return md_rc(prctl(PR_SET_VMA, PR_SET_VMA_ANON_NAME, address, length, name));
 }
 
 #endif

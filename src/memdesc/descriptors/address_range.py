@@ -21,6 +21,7 @@ from memdesc.errors import (
     WiringReason,
 )
 from memdesc.mapping import Extent, Placement, check_range, explained, map_extents
+from memdesc.memory import zone_map
 from memdesc.memory.foreign import ForeignObject
 from memdesc.memory.memfd import MemoryObject, anonymous_device, find_owned
 from memdesc.vm.objects import open_object
@@ -133,6 +134,8 @@ class AddressRangeDescriptor(MemoryDescriptor):
                 reason=MappingReason.NOT_MAPPED,
                 errno=errno.EFAULT,
             )
+        if self.task.is_current and zone_map.contains(start, length):
+            raise self._zone_memory(start, length)
         for region in found:
             self._check_region(region, access)
         if not self.allow_several_objects:
@@ -141,6 +144,8 @@ class AddressRangeDescriptor(MemoryDescriptor):
 
     def _check_region(self, region: Region, access: Access) -> None:
         where = f"{region.start:#x}-{region.end:#x} {region.path or 'anonymous memory'}"
+        if not region.shared and region.path == f"[anon:{zone_map.NAME}]":
+            raise self._zone_memory(region.start, region.length)
         if not region.shared or region.object.kind is ObjectKind.SPECIAL:
             raise MappingError(
                 f"{where} of task {self.task.pid} is private memory, which no other task can map: "
@@ -157,6 +162,15 @@ class AddressRangeDescriptor(MemoryDescriptor):
                 reason=MappingReason.ACCESS,
                 errno=errno.EACCES,
             )
+
+    def _zone_memory(self, start: int, length: int) -> MappingError:
+        return MappingError(
+            f"{length:,} bytes at {start:#x} of task {self.task.pid} are zone memory, which is "
+            "private and never shared: copy it (copyin, copyout), or allocate what is to be shared "
+            "with a BufferMemoryDescriptor or io_malloc_aligned",
+            reason=MappingReason.ZONE_MEMORY,
+            errno=errno.EACCES,
+        )
 
     def _check_one_object(self, found: list[Region]) -> None:
         """The rule of Mac OS X 10.5: regions may be several, their object one and contiguous."""

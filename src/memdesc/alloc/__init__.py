@@ -1,0 +1,16 @@
+"""Allocators: many small pieces of private memory, handed out fast from a limited pool.
+
+* `layout`: how a zone's memory is cut into chunks and elements
+* `chunks`: how it grows and shrinks
+* `statistics`: what zones tell of themselves
+* `zone`: `Zone`, elements of one size
+
+Zone memory is never shared: mapping it for another task refuses with `ZONE_MEMORY`. What is to be
+shared is a `BufferMemoryDescriptor`.
+"""
+
+from memdesc.alloc.chunks import collect_zones
+from memdesc.alloc.statistics import ZoneStatistics, ZoneTable
+from memdesc.alloc.zone import Zone, zprint
+
+__all__ = ["Zone", "ZoneStatistics", "ZoneTable", "collect_zones", "zprint"]

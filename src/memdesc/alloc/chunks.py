@@ -1,0 +1,162 @@
+"""The memory of one zone: chunks taken of the zone map, given to the kernel and taken back.
+
+The list of elements is compiled (`_core.ElementList`, under the interpreter's lock); here is where
+it grows and shrinks. Lock order: a zone's lock, then the zone map's. No zone takes another
+one's lock but by trying, and no callback runs under any.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections import deque
+
+from memdesc import _core
+from memdesc.alloc.layout import Layout
+from memdesc.errors import ClosedError
+from memdesc.memory.zone_map import ZoneChunk
+from memdesc.vm.forks import lock_for
+from memdesc.wiring import wire
+
+zones: weakref.WeakSet[ChunkList] = weakref.WeakSet()
+"""All zones of this process that were not closed for good: dropped ones leave by themselves."""
+_hooked = False
+
+
+class ChunkList(_core.ElementList):
+    """The elements of one zone, and the chunks that they lie in."""
+
+    def __init__(self, name: str, layout: Layout, wired: bool, track: bool) -> None:
+        global _hooked
+        self.name = name
+        self.wired = wired
+        self._layout = layout
+        self._pid = os.getpid()
+        self._closed = False
+        self._chunks: list[ZoneChunk] = []
+        self._idle: list[int] = []  # numbers of chunks whose pages are with the kernel
+        self._waiters: deque[threading.Lock] = deque()
+        self._sites: dict[int, str] | None = {} if track else None
+        self._collected = self._peak_size = 0
+        self._lock = lock_for(self)
+        most = layout.max_elements
+        self._begin(
+            layout.element_size, layout.stride, most, self._chunks, self._waiters, self._sites
+        )
+        if not _hooked:
+            _hooked = True
+            os.register_at_fork(after_in_child=_disown)
+        zones.add(self)
+
+    def _grow(self) -> bool:
+        """See to it that an element is free; False where the zone has all that it may have."""
+        with self._lock:
+            return self._counts()[6] > 0 or self._refill() or self._extend()
+
+    def _refill(self) -> bool:
+        """Get the pages of a chunk back."""
+        while self._idle:
+            number = self._idle[-1]
+            refilled = not self._chunks[number].held
+            if refilled:
+                self._chunks[number].hold()
+                self._revive(number)
+            self._idle.pop()
+            if refilled:
+                self._note_peak()
+                return True
+        return False
+
+    def _extend(self) -> bool:
+        """Add a chunk."""
+        left = self._layout.max_elements - self._counts()[7]
+        if left == 0:
+            return False
+        chunk = ZoneChunk(self._layout.chunk_length)
+        try:
+            chunk.hold()
+            if self.wired:
+                chunk.claim = wire(chunk.address, chunk.length)
+            self._add_chunk(chunk.address, min(left, self._layout.chunk_elements), chunk)
+        except BaseException:
+            chunk.let_go()  # now: the traceback holds on to it
+            raise
+        self._note_peak()
+        return True
+
+    def _note_peak(self) -> None:
+        self._peak_size = max(self._peak_size, self._held())
+
+    def _held(self) -> int:
+        return (len(self._chunks) - len(self._idle)) * self._layout.chunk_length
+
+    def collect(self) -> int:
+        """Give the pages of chunks without an element back to the kernel.
+
+        The addresses stay the zone's: no other zone gets them, and it takes the pages again
+        when it needs them. What was written there after it was freed is forgotten unseen.
+
+        Returns
+        -------
+        int
+            Bytes given back; 0 for a wired zone.
+
+        Raises
+        ------
+        ClosedError
+            The zone belongs to the parent of this forked process.
+
+        Notes
+        -----
+        Linux: madvise(MADV_DONTNEED). XNU: zone_gc, at the level of ZONE_GC_DRAIN.
+        """
+        self._check_own()
+        with self._lock:
+            return 0 if self.wired and not self._closed else self._collect()
+
+    def _collect(self) -> int:
+        given_back, idle = 0, []
+        for number in reversed(self._retire()):
+            chunk = self._chunks[number]
+            if chunk.held:
+                try:
+                    chunk.let_go()
+                except OSError:  # locked by the program itself (mlockall): it stays in use
+                    self._revive(number)
+                    continue
+                given_back += chunk.length
+            idle.append(number)
+        self._idle = idle
+        self._collected += given_back
+        return given_back
+
+    def _check_own(self) -> None:
+        if self._pid != os.getpid():
+            raise ClosedError(
+                f"zone {self.name!r} belongs to the parent ({self._pid}) of this forked process: "
+                "make a zone here"
+            )
+
+
+def _disown() -> None:
+    """In a fork child: the zones and their elements are the parent's."""
+    for zone in list(zones):
+        zone._inherit()
+    zones.clear()
+
+
+def collect_zones() -> int:
+    """Let every zone of this process give its empty chunks back to the kernel; tell the bytes.
+
+    Done by itself where an allocation finds the zone map or the machine full. Zones that
+    another thread is just growing are passed over.
+    """
+    given_back = 0
+    for zone in list(zones):
+        if zone._lock.acquire(blocking=False):
+            try:
+                given_back += zone.collect()
+            finally:
+                zone._lock.release()
+    return given_back

@@ -12,7 +12,6 @@ Where to begin; `help(memdesc.Service)` and so on tells more:
 * `prepare`, `complete`            of any descriptor: keep it resident
 * `Zone`, `zprint`, `zone_map`     small private memory, fast, from a limited pool
 * `send_descriptor`, `receive_descriptor`          over a Unix socket of your own
-* `recycler`                       what is kept of freed buffers for the next ones
 * `Access`, `Direction`, `PageKind`, `Contents`    words for arguments
 * `MemdescError`                   the root of all errors; `MappingReason`, `WiringReason`
 
@@ -88,10 +87,8 @@ from memdesc.handover import (
     send_descriptor as send_descriptor,
 )
 from memdesc.mapping import MemoryMap as MemoryMap
-from memdesc.memory import recycler as recycler
 from memdesc.memory import zone_map as zone_map
 from memdesc.memory.page_kinds import PageKind as PageKind
-from memdesc.memory.recycler import Contents as Contents
 from memdesc.vm.pages import (
     Access as Access,
     Direction as Direction,

@@ -87,8 +87,9 @@ from memdesc.handover import (
     send_descriptor as send_descriptor,
 )
 from memdesc.mapping import MemoryMap as MemoryMap
-from memdesc.memory import zone_map as zone_map
+from memdesc.memory import recycler as recycler, zone_map as zone_map
 from memdesc.memory.page_kinds import PageKind as PageKind
+from memdesc.memory.recycler import Contents as Contents
 from memdesc.vm.pages import (
     Access as Access,
     Direction as Direction,

@@ -135,7 +135,7 @@ def test_sealing_that_fails_gives_nothing_out(monkeypatch: pytest.MonkeyPatch) -
         other = os.open(f"/proc/self/fd/{buffer.memory.fileno()}", os.O_RDONLY)
         try:
             # By a descriptor that is open for reading alone the kernel lets nobody seal: EPERM.
-            monkeypatch.setattr(OwnedObject, "fileno", lambda self: other)
+            monkeypatch.setattr(OwnedObject, "own_fd", lambda self: other)
             with pytest.raises(PermissionError):
                 USES["grant"](buffer)
         finally:

@@ -243,7 +243,7 @@ def test_a_peer_keeps_a_handle_that_no_lease_sees() -> None:
     with BufferMemoryDescriptor(100) as buffer:
         with handed(buffer) as received:
             handle = os.open(f"/proc/self/fd/{descriptor_of(received)}", os.O_PATH)
-        fd = buffer.memory.fileno()
+        fd = buffer.memory.own_fd()
         before = signal.signal(signal.SIGRTMIN, signal.SIG_IGN)
         try:
             fcntl.fcntl(fd, 10, signal.SIGRTMIN)  # F_SETSIG: a broken lease would kill
@@ -255,7 +255,7 @@ def test_a_peer_keeps_a_handle_that_no_lease_sees() -> None:
         assert os.pread(again, 4, 0) == bytes(4)
         os.close(again)
         os.close(handle)
-        assert buffer.memory.lifecycle.recycling() is Recycling.SAME_GRANTEES
+        assert buffer.memory.lifecycle.recycling() is Recycling.TRUSTED
         buffer.memory.lifecycle.grantees.add(os.geteuid() + 1)
         assert buffer.memory.lifecycle.recycling() is Recycling.NOBODY
 

@@ -18,6 +18,7 @@ from memdesc.mapping import Extent
 from memdesc.memory.allocation import Allocation, Request, allocate
 from memdesc.memory.memfd import OwnedObject, check_name
 from memdesc.memory.page_kinds import PageKind
+from memdesc.memory.recycler import Contents
 from memdesc.vm.pages import (
     Access,
     Direction,
@@ -56,6 +57,11 @@ class BufferMemoryDescriptor(MemoryDescriptor):
         Keep it resident from the start (see `prepare`) until it is closed.
     pages : PageKind
         BASE or HUGE. Huge memory is shared read-only.
+    contents : Contents
+        UNDEFINED spares clearing memory of an earlier buffer: for who fills all of it at once.
+    recycle : bool
+        Whether it may be made of the memory of an earlier buffer, and be kept for a later one
+        (see `docs/recycling.md`).
     name : str
         Shows in every task's maps file as ``/memfd:name``.
 
@@ -98,6 +104,8 @@ class BufferMemoryDescriptor(MemoryDescriptor):
         lazy: bool = False,
         wired: bool = False,
         pages: PageKind = PageKind.BASE,
+        contents: Contents = Contents.ZEROED,
+        recycle: bool = True,
         name: str = "memdesc",
     ) -> None:
         super().__init__(direction, check_name(name))
@@ -116,7 +124,16 @@ class BufferMemoryDescriptor(MemoryDescriptor):
                 "this kernel has no huge pages: use base pages", errno=errno.EINVAL
             )
         allocation = allocate(
-            Request(self.capacity, pages, max_access, alignment, lazy=lazy, name=name)
+            Request(
+                self.capacity,
+                pages,
+                max_access,
+                alignment,
+                lazy=lazy,
+                name=name,
+                contents=Contents(contents),
+                recycle=recycle,
+            )
         )
         self._allocation = allocation
         self._window = allocation.window(self.capacity)

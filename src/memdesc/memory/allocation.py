@@ -6,12 +6,15 @@ same addresses for as long as any view of the bytes is alive, whatever becomes o
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from memdesc import _core
 from memdesc.errors import AllocationError, describe_errno
 from memdesc.memory.memfd import OwnedObject
 from memdesc.memory.page_kinds import PageKind
+from memdesc.memory.recycler import Contents, Kind, Want, offer, take, trim
 from memdesc.vm.pages import Access, page_size, round_page
 
 _STEP = 64 << 20
@@ -28,6 +31,8 @@ class Request:
     alignment: int = page_size
     lazy: bool = False
     name: str = "memdesc"
+    contents: Contents = Contents.ZEROED
+    recycle: bool = True
 
 
 class Allocation:
@@ -40,14 +45,23 @@ class Allocation:
         The addresses. May be longer than the view, for its alignment.
     start : int
         Of the view's first byte in `memory`.
+    kind : Kind, optional
+        What it may be recycled as, once it is closed and its last view gone.
     """
 
-    __slots__ = ("memory", "object", "start")
+    __slots__ = ("kind", "memory", "object", "start")
 
-    def __init__(self, object: OwnedObject, memory: _core.MappedMemory, start: int) -> None:
+    def __init__(
+        self,
+        object: OwnedObject,
+        memory: _core.MappedMemory,
+        start: int,
+        kind: Kind | None = None,
+    ) -> None:
         self.object = object
         self.memory = memory
         self.start = start
+        self.kind = kind
 
     @property
     def address(self) -> int:
@@ -59,18 +73,44 @@ class Allocation:
         return _core.Window(self.memory, self.start, nbytes, True)
 
     def close(self) -> None:
-        """Let go of the object. The view goes with its last window."""
-        self.object.close()
+        """Let go of the object, to the recycler or for good. The view goes with its last window."""
+        kind, self.kind = self.kind, None
+        if kind is None or not offer(kind, self.object, self.memory, self.start):
+            self.object.close()
+
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not ending():
+            self.close()
 
 
 def allocate(request: Request) -> Allocation:
-    """Make a memory object, map it for its owner, and fault its pages in unless it is lazy.
+    """Make a memory object, mapped for its owner, its pages faulted in unless it is lazy.
+
+    Of memory that is kept warm, where some fits. Where there is too little for a fresh one, what
+    is kept is given back first.
 
     Raises
     ------
     AllocationError
         With `requested` and `available`; nothing stays allocated.
     """
+    kind = None
+    if request.recycle and not request.lazy:
+        kind = Kind(request.pages, request.max_access, request.name)
+        kept = take(Want(kind, request.capacity, request.alignment, request.contents))
+        if kept is not None:
+            return Allocation(*kept, kind)
+    try:
+        allocation = _allocate_fresh(request)
+    except AllocationError:
+        if not trim():
+            raise
+        allocation = _allocate_fresh(request)
+    allocation.kind = kind
+    return allocation
+
+
+def _allocate_fresh(request: Request) -> Allocation:
     size = round_page(request.capacity, request.pages.page_size)
     object_ = OwnedObject(
         request.name,

@@ -239,37 +239,52 @@ class OwnedObject:
 
         By a write lease, taken and given back at once. Whoever opens the file meanwhile waits that
         long, and the signal that tells of him is one that is ignored, not SIGIO, which kills.
+        Never waits for a lock: who holds it is just about to spoil the object.
 
         Raises
         ------
+        ClosedError
+            Nothing is kept of it any more.
         OSError
             There is no telling: no leases on this system, or none for this user.
         """
-        with self._lock:
-            fcntl.fcntl(self._remains, fcntl.F_SETSIG, signal.SIGURG)
+        if not self._lock.acquire(blocking=False):
+            return True
+        try:
+            fd = self._remains
+            if fd < 0:
+                raise ClosedError(f"the memory of buffer {self.name!r} was let go")
+            fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
             try:
-                fcntl.fcntl(self._remains, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+                fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
             except BlockingIOError:
                 return True
-            opened = fcntl.fcntl(self._remains, fcntl.F_GETLEASE) != fcntl.F_WRLCK
-            fcntl.fcntl(self._remains, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+            opened = fcntl.fcntl(fd, fcntl.F_GETLEASE) != fcntl.F_WRLCK
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
             return opened
+        finally:
+            self._lock.release()
 
-    def successor(self, max_access: Access) -> OwnedObject | None:
-        """Make the object of the next buffer on what a retired one kept; None where it was lost.
+    def successor(self, max_access: Access) -> OwnedObject:
+        """Make the object of the next buffer on what a retired one kept; ClosedError if nothing.
 
         A new object: who still holds this one, which stays closed, does not reach that buffer.
+        Never waits for a lock.
         """
         next_ = OwnedObject.__new__(OwnedObject)
         next_.__dict__.update(self.__dict__)
         next_._fd = next_._remains = -1
         next_._lock = lock_for(next_)
         next_.lifecycle = self.lifecycle.successor(max_access)
-        with self._lock:
-            if self._remains < 0:
-                return None
+        free = self._lock.acquire(blocking=False)
+        try:
+            if not free or self._remains < 0:
+                raise ClosedError(f"the memory of buffer {self.name!r} was let go")
             next_._fd, self._remains = self._remains, -1
             _objects[self.identity] = next_
+        finally:
+            if free:
+                self._lock.release()
         return next_
 
     def __del__(self) -> None:

@@ -10,10 +10,13 @@ from types import FrameType
 
 import click
 
-from memdesc import __version__
+from memdesc import __version__, crossing
+from memdesc.cli import doctor as doctors
 from memdesc.cli.demo import run
 from memdesc.cli.demo_files import UnusableFile
 from memdesc.cli.demo_screen import Screen
+from memdesc.cli.doctor_screen import DoctorScreen
+from memdesc.errors import MemdescError
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -51,6 +54,37 @@ def demo(files: tuple[Path, ...], as_json: bool, clients: int) -> None:
     except KeyboardInterrupt:
         print("memdesc demo: interrupted; all that it had started was ended", file=sys.stderr)
         sys.exit(130)
+    if as_json:
+        print(json.dumps(report, indent=2))
+    sys.exit(1 if report["failed"] else 0)
+
+
+@memdesc.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout; told on stderr.")
+@click.option(
+    "--calibrate", is_flag=True, help="Measure the thresholds anew (about a second); keep them."
+)
+def doctor(as_json: bool, calibrate: bool) -> None:
+    """Tell what this machine and this process allow, and what to do where it is denied.
+
+    Everything is tried, and no setting is changed. Exit status: 0 if all that matters is usable,
+    1 if something is not (it is named, with the remedy).
+    """
+    screen = DoctorScreen(to_stderr=as_json)
+    failure = ""
+    try:
+        if calibrate:
+            try:
+                with screen.calibrating() as progress:
+                    found = crossing.calibrate(progress)
+                crossing.save_calibration(found)
+            except MemdescError as error:
+                failure = str(error)
+        report = doctors.examine(failure)
+    except KeyboardInterrupt:
+        print("memdesc doctor: interrupted; no setting was changed", file=sys.stderr)
+        sys.exit(130)
+    screen.tell(report)
     if as_json:
         print(json.dumps(report, indent=2))
     sys.exit(1 if report["failed"] else 0)

@@ -5,27 +5,19 @@ All text is ASCII and fits 80 columns; NO_COLOR is rich's to respect.
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from rich.text import Text
 
 from memdesc.cli.demo_acts import Act, mb, shorten
 from memdesc.cli.demo_compare import MOST_ROUNDS, WAYS
+from memdesc.cli.printer import Printer
 
-_WIDEST = 100
 
-
-class Screen:
+class Screen(Printer):
     """Tells the demo, on stdout or (beside `--json`) on stderr."""
-
-    def __init__(self, *, to_stderr: bool) -> None:
-        self._console = Console(stderr=to_stderr, highlight=False, markup=False, emoji=False)
-        self._width = min(self._console.width, _WIDEST)
 
     def begin(self, report: dict[str, Any]) -> None:
         """Tell where it runs."""
@@ -102,19 +94,6 @@ class Screen:
             self._line(claim, indent=2)
         if not left:
             self._line("Left behind: nothing.", indent=2)
-
-    def _line(self, text: str = "", *, indent: int = 0, hang: int = 0, style: str = "") -> None:
-        """Print a paragraph, wrapped to the width."""
-        wrapped = textwrap.wrap(
-            text,
-            self._width,
-            initial_indent=" " * indent,
-            subsequent_indent=" " * (hang or indent),
-            break_on_hyphens=False,
-        )
-        # Surrogates of odd file names can not be printed.
-        whole = "\n".join(wrapped).encode(errors="backslashreplace").decode()
-        self._console.print(Text(whole, style=style), soft_wrap=True)
 
     def plain(self, text: str) -> None:
         """Print a line as it is."""

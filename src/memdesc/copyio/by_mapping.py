@@ -77,7 +77,7 @@ def _map_object(fd: int, region: Region, address: int, nbytes: int) -> _core.Win
         region.object.inode,
     )
     offset = region.offset_of(address)
-    if not same or offset + nbytes > status.st_size or not _stays(fd, status):
+    if not same or offset + nbytes > status.st_size or not _stays(fd, status, region):
         return None
     page = max(status.st_blksize, page_size)
     start, span = page_span(offset, nbytes, page)
@@ -87,9 +87,11 @@ def _map_object(fd: int, region: Region, address: int, nbytes: int) -> _core.Win
     return _core.Window(memory, offset - start, nbytes, False)
 
 
-def _stays(fd: int, status: os.stat_result) -> bool:
+def _stays(fd: int, status: os.stat_result, region: Region) -> bool:
     """Whether no one can take a page of the object away."""
-    if status.st_dev == anonymous_device() and status.st_blksize == page_size:
+    # The name alone does not tell, nor does the device: memfds are on the same one.
+    named_so = region.object.kind is ObjectKind.SHARED_ANONYMOUS
+    if named_so and status.st_dev == anonymous_device() and status.st_blksize == page_size:
         return True
     seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     unwritable = _core.F_SEAL_WRITE | _core.F_SEAL_FUTURE_WRITE

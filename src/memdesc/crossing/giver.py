@@ -35,6 +35,7 @@ HEADER = struct.Struct("<QQ")
 
 PREPARE, HAND_OVER = 0, 1
 _LARGEST_MESSAGE = 128 << 10
+_MALLOC_MAPS = 128 << 10  # mallopt(3), M_MMAP_THRESHOLD
 WAYS = tuple(Way)
 _SEALS = _core.F_SEAL_WRITE | _core.F_SEAL_SHRINK | _core.F_SEAL_GROW
 
@@ -125,7 +126,7 @@ def take(sock: sockets.socket, way: Way, task: Task) -> None:
         return
     nbytes, address, fd = take_header(sock)
     if way is Way.PROCESS_VM:
-        room = bytearray(nbytes)
+        room = new_memory(nbytes)
         task.check_alive("calibrate")
         _core.process_vm_readv(task.pid, room, address)
         task.check_alive("calibrate")
@@ -135,6 +136,18 @@ def take(sock: sockets.socket, way: Way, task: Task) -> None:
         touch(map_block(fd, nbytes))
     finally:
         os.close(fd)
+
+
+def new_memory(nbytes: int) -> bytearray | _core.Window:
+    """Give memory as a receiver first gets it: from 128 KiB on, of pages that are not there yet.
+
+    Not all from malloc: what it keeps warm for the next block depends on what was freed before.
+    """
+    if nbytes < _MALLOC_MAPS:
+        return bytearray(nbytes)
+    flags = _core.MAP_PRIVATE | _core.MAP_ANONYMOUS
+    memory = _core.map_memory(0, nbytes, _core.PROT_READ | _core.PROT_WRITE, flags, -1, 0)
+    return _core.Window(memory, 0, nbytes, True)
 
 
 def take_header(sock: sockets.socket) -> tuple[int, int, int]:

@@ -43,8 +43,8 @@ class Thresholds:
     """
 
     inline: int = 4096
-    mapping: int | None = 256 << 10
-    copy_on_write: int | None = 32 << 20
+    mapping: int | None = 128 << 10
+    copy_on_write: int | None = 128 << 10
     copy_by_mapping: int | None = None
 
     def __post_init__(self) -> None:

@@ -1,0 +1,31 @@
+"""How every command writes: ASCII, at most 100 columns; plain where piped, NO_COLOR respected."""
+
+from __future__ import annotations
+
+import textwrap
+
+from rich.console import Console
+from rich.text import Text
+
+_WIDEST = 100
+
+
+class Printer:
+    """Writes paragraphs to stdout, or to stderr (beside `--json`)."""
+
+    def __init__(self, *, to_stderr: bool) -> None:
+        self._console = Console(stderr=to_stderr, highlight=False, markup=False, emoji=False)
+        self._width = min(self._console.width, _WIDEST)
+
+    def _line(self, text: str = "", *, indent: int = 0, hang: int = 0, style: str = "") -> None:
+        """Print a paragraph, wrapped to the width."""
+        wrapped = textwrap.wrap(
+            text,
+            self._width,
+            initial_indent=" " * indent,
+            subsequent_indent=" " * (hang or indent),
+            break_on_hyphens=False,
+        )
+        # Surrogates of odd file names can not be printed.
+        whole = "\n".join(wrapped).encode(errors="backslashreplace").decode()
+        self._console.print(Text(whole, style=style), soft_wrap=True)

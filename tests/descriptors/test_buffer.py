@@ -43,7 +43,8 @@ def test_defaults() -> None:
         assert (buffer.capacity, buffer.length) == (100, 100)
         assert buffer.direction is Direction.OUT_IN
         assert buffer.max_access is Access.READ_ONLY
-        assert buffer.pages is PageKind.BASE
+        assert buffer.pages is PageKind.AUTO
+        assert buffer.page_kind is PageKind.BASE  # less than one huge page
         assert buffer.prepare_count == 0
         assert not memoryview(buffer).readonly  # the owner's own view
 

@@ -202,7 +202,7 @@ def test_a_pool_that_another_empties_in_between(monkeypatch: pytest.MonkeyPatch)
     huge = PageKind.HUGE.page_size
     if not huge:
         pytest.skip("this kernel has no huge pages")
-    monkeypatch.setattr("memdesc.memory.memfd.check_available", lambda *_: None)
+    monkeypatch.setattr("memdesc.memory.allocation.check_available", lambda *_: None)
     with pytest.raises(AllocationError) as caught:
         BufferMemoryDescriptor((free_pages() + 1) * huge, pages=PageKind.HUGE)
     assert caught.value.errno in (errno.ENOMEM, errno.ENOSPC)

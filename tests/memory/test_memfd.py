@@ -33,10 +33,8 @@ from memdesc import (
     page_size,
 )
 from memdesc.mapping import Extent, map_extents
-from memdesc.memory import limits, memfd
 from memdesc.memory.foreign import ForeignObject
 from memdesc.memory.memfd import OwnedObject, check_name, find_owned, reopen
-from memdesc.testing.faults import failing
 
 SIZE = 4 * page_size
 SIZE_SEALS = _core.F_SEAL_GROW | _core.F_SEAL_SHRINK
@@ -45,7 +43,7 @@ SIZE_SEALS = _core.F_SEAL_GROW | _core.F_SEAL_SHRINK
 def owned(
     name: str = "frames", max_access: Access = Access.READ_ONLY, **options: Any
 ) -> OwnedObject:
-    options = {"pages": PageKind.BASE, "reserve": True, **options}
+    options = {"pages": PageKind.BASE, **options}
     return OwnedObject(name, options.pop("size", SIZE), max_access=max_access, **options)
 
 
@@ -57,7 +55,9 @@ def test_a_memfd_as_the_kernel_shows_it() -> None:
     fd = memory.fileno()
     status = os.fstat(fd)
     assert stat.S_IMODE(status.st_mode) == 0o600
-    assert (status.st_size, status.st_blocks * 512) == (SIZE, SIZE)  # reserved, all of it
+    assert (status.st_size, status.st_blocks) == (SIZE, 0)
+    memory.reserve(page_size, SIZE - page_size)
+    assert os.fstat(fd).st_blocks * 512 == SIZE - page_size
     assert memory.identity == (status.st_dev, status.st_ino)
     assert (
         fcntl.fcntl(fd, fcntl.F_GET_SEALS) & ~_core.F_SEAL_EXEC
@@ -107,12 +107,6 @@ def test_its_size_stands_from_the_first(change: Callable[[int], None]) -> None:
     with pytest.raises(PermissionError) as caught:
         change(memory.fileno())
     assert caught.value.errno == errno.EPERM
-    memory.close()
-
-
-def test_lazy_memory_takes_no_page() -> None:
-    memory = owned(reserve=False)
-    assert os.fstat(memory.fileno()).st_blocks == 0
     memory.close()
 
 
@@ -264,41 +258,6 @@ def test_no_descriptor_left(last: int) -> None:
         assert (kind, number) == ("made", None)
     else:
         assert (kind, number) == ("AllocationError", errno.EMFILE)
-
-
-# ── Reserved or refused ──────────────────────────────────────────────────────────────────────
-
-
-def test_what_the_kernel_refuses_half_way_gives_all_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memfd, "_STEP", page_size)
-    with failing("fallocate", errno.ENOSPC, after=3) as fault:
-        with pytest.raises(AllocationError) as caught:
-            owned("half")
-    assert fault.failures == 1
-    assert caught.value.errno == errno.ENOSPC
-    assert (caught.value.requested, caught.value.available) == (SIZE, 3 * page_size)
-
-
-def test_the_limits_are_asked_again_before_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def check(nbytes: int, doing: str, pages: PageKind = PageKind.BASE) -> None:
-        asked.append(nbytes)
-        limits.check_available(nbytes, doing, pages)
-
-    monkeypatch.setattr(memfd, "_STEP", page_size)
-    monkeypatch.setattr(memfd, "check_available", check)
-    owned().close()
-    assert asked == [SIZE] + [page_size] * 4
-
-
-def test_populating_may_fail_too() -> None:
-    with failing("madvise", errno.ENOMEM):
-        with pytest.raises(AllocationError) as caught:
-            BufferMemoryDescriptor(SIZE, name="unpopulated")
-    assert caught.value.errno == errno.ENOMEM
-    del caught  # its traceback holds the half-made buffer
-    assert "/memfd:unpopulated" not in Path("/proc/self/maps").read_text()
 
 
 # ── What strangers give ──────────────────────────────────────────────────────────────────────

@@ -14,9 +14,7 @@ from memdesc.memory.memfd import OwnedObject, find_owned
 
 
 def owned(max_access: Access = Access.READ_ONLY) -> OwnedObject:
-    return OwnedObject(
-        "frames", 4 * page_size, pages=PageKind.BASE, max_access=max_access, reserve=True
-    )
+    return OwnedObject("frames", 4 * page_size, pages=PageKind.BASE, max_access=max_access)
 
 
 def test_a_retired_object_is_closed_for_everyone() -> None:
@@ -49,11 +47,11 @@ def test_a_successor_is_an_object_of_its_own() -> None:
     memory = owned(max_access=Access.READ_WRITE)
     memory.retire()
     next_ = memory.successor(Access.READ_ONLY)
-    assert next_ is not None
     assert next_.identity == memory.identity
     assert next_.max_access is Access.READ_ONLY
     assert find_owned(memory.identity) is next_
-    assert memory.successor(Access.READ_ONLY) is None  # there is one
+    with pytest.raises(ClosedError):
+        memory.successor(Access.READ_ONLY)  # there is one
     assert not memory.abandon()
     with pytest.raises(ClosedError):
         memory.open(Access.READ_ONLY)
@@ -69,7 +67,33 @@ def test_who_looks_for_a_retired_object_spoils_it() -> None:
     memory = owned()
     memory.retire()
     assert find_owned(memory.identity) is None
-    assert memory.successor(Access.READ_ONLY) is None
+    for ask in (memory.is_held_by_others, lambda: memory.successor(Access.READ_ONLY)):
+        with pytest.raises(ClosedError):
+            ask()
+
+
+def test_nobody_waits_for_a_retired_object() -> None:
+    """Another thread holds its lock: it counts as held, for this time."""
+    memory = owned()
+    memory.retire()
+    locked, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with memory._lock:
+            locked.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert locked.wait(60)
+    try:
+        assert memory.is_held_by_others()
+        with pytest.raises(ClosedError):
+            memory.successor(Access.READ_ONLY)
+    finally:
+        done.set()
+        thread.join()
+    assert not memory.is_held_by_others()
 
 
 def test_a_retired_object_that_is_dropped_closes_what_it_kept() -> None:

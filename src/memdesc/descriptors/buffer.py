@@ -9,15 +9,12 @@ from typing import TYPE_CHECKING, final
 from memdesc import _core
 from memdesc.copyio import bytes_of
 from memdesc.descriptors.base import MemoryDescriptor, _nothing
-from memdesc.errors import (
-    AllocationError,
-    InvalidArgument,
-    RangeError,
-)
+from memdesc.errors import InvalidArgument, PageKindError, RangeError
 from memdesc.mapping import Extent
 from memdesc.memory.allocation import Allocation, Request, allocate
+from memdesc.memory.made_of import MadeOf, look
 from memdesc.memory.memfd import OwnedObject, check_name
-from memdesc.memory.page_kinds import PageKind
+from memdesc.memory.page_kinds import PageKind, transparent_page_size
 from memdesc.memory.recycler import Contents
 from memdesc.vm.pages import (
     Access,
@@ -25,6 +22,7 @@ from memdesc.vm.pages import (
     check_integer,
     check_length,
     page_size,
+    round_page,
 )
 from memdesc.wiring import wire
 
@@ -56,7 +54,9 @@ class BufferMemoryDescriptor(MemoryDescriptor):
     wired : bool
         Keep it resident from the start (see `prepare`) until it is closed.
     pages : PageKind
-        BASE or HUGE. Huge memory is shared read-only.
+        What to make it of; `page_kind` tells what came of it. AUTO takes huge pages where they
+        cost no time, and never fails for the lack of them; the others are taken at their word.
+        HUGE is shared read-only. See `docs/pages.md`.
     contents : Contents
         UNDEFINED spares clearing memory of an earlier buffer: for who fills all of it at once.
     recycle : bool
@@ -70,12 +70,16 @@ class BufferMemoryDescriptor(MemoryDescriptor):
     capacity : int
         Fixed. `length`, what the descriptor describes, is at first the capacity; `set_length`
         moves it.
+    pages : PageKind
+        As asked for.
 
     Raises
     ------
     InvalidArgument
     AllocationError
         ENOMEM, ENOSPC, EMFILE: with `requested` and `available`.
+    PageKindError
+        HUGE or TRANSPARENT_HUGE pages are not to be had (ENOMEM, EINVAL).
     WiringError
         Only with `wired`; nothing stays allocated.
 
@@ -103,30 +107,22 @@ class BufferMemoryDescriptor(MemoryDescriptor):
         alignment: int = page_size,
         lazy: bool = False,
         wired: bool = False,
-        pages: PageKind = PageKind.BASE,
+        pages: PageKind = PageKind.AUTO,
         contents: Contents = Contents.ZEROED,
         recycle: bool = True,
         name: str = "memdesc",
     ) -> None:
         super().__init__(direction, check_name(name))
         self._allocation: Allocation | None = None
+        self._fixed: MadeOf | None = None
         self.capacity = self._length = check_length(capacity, "capacity")
         alignment = _check_alignment(alignment)
-        pages = PageKind(pages)
         max_access = Access(max_access)
-        if pages is PageKind.HUGE and max_access is Access.READ_WRITE:
-            raise InvalidArgument(
-                "huge pages with max_access=READ_WRITE: a task that may write huge memory can "
-                "punch a page out and kill this one with SIGBUS; use base pages, or READ_ONLY"
-            )
-        if not pages.page_size:
-            raise AllocationError(
-                "this kernel has no huge pages: use base pages", errno=errno.EINVAL
-            )
+        self.pages = _check_pages(pages, max_access)
         allocation = allocate(
             Request(
                 self.capacity,
-                pages,
+                self.pages,
                 max_access,
                 alignment,
                 lazy=lazy,
@@ -168,9 +164,28 @@ class BufferMemoryDescriptor(MemoryDescriptor):
         return self._window.address
 
     @property
-    def pages(self) -> PageKind:
-        """What it is made of."""
-        return self.memory.pages
+    def page_kind(self) -> PageKind:
+        """What it is made of now, as the kernel shows it: BASE, TRANSPARENT_HUGE or HUGE.
+
+        TRANSPARENT_HUGE where every whole huge page of the capacity is one; of a mixture, which
+        is BASE, `huge_bytes` tells more. Linux: /proc/self/smaps, some ms in a large task; what
+        can not change is not asked for again.
+        """
+        return self._made_of().kind
+
+    @property
+    def huge_bytes(self) -> int:
+        """How many bytes of the allocated memory lie in huge pages now; as `page_kind`."""
+        return self._made_of().huge_bytes
+
+    def _made_of(self) -> MadeOf:
+        if self._fixed is not None:
+            self._check_open()
+            return self._fixed
+        made_of = look(self.address, round_page(self.capacity, self.memory.page_size))
+        if made_of.fixed:
+            self._fixed = made_of
+        return made_of
 
     def set_length(self, length: int) -> None:
         """Describe only the first `length` bytes; memory, mappings and views stay as they are.
@@ -227,6 +242,21 @@ class BufferMemoryDescriptor(MemoryDescriptor):
         if allocation is not None:
             del self._window
             allocation.close()
+
+
+def _check_pages(pages: PageKind, max_access: Access) -> PageKind:
+    pages = PageKind(pages)
+    if pages is PageKind.HUGE and max_access.writable:
+        raise InvalidArgument(
+            "huge pages with max_access=READ_WRITE: a task that may write huge memory can "
+            "punch a page out and kill this one with SIGBUS; use other pages, or READ_ONLY"
+        )
+    there = transparent_page_size() if pages is PageKind.TRANSPARENT_HUGE else pages.page_size
+    if not there:
+        raise PageKindError(
+            f"this kernel has no {pages.value} pages: say pages=AUTO", errno=errno.EINVAL
+        )
+    return pages
 
 
 def _check_alignment(alignment: int) -> int:

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from memdesc import _core
-from memdesc.errors import AllocationError, describe_errno
+from memdesc.errors import AllocationError, MemdescError, describe_errno
+from memdesc.memory.limits import check_available
 from memdesc.memory.memfd import OwnedObject
-from memdesc.memory.page_kinds import PageKind
+from memdesc.memory.page_kinds import PageKind, huge_page_size, transparent_page_size
+from memdesc.memory.placing import map_aligned
+from memdesc.memory.populate import populate, populate_huge
 from memdesc.memory.recycler import Contents, Kind, Want, offer, take, trim
-from memdesc.vm.pages import Access, page_size, round_page
+from memdesc.memory.transparent import leave_to_faults, populate_auto, populate_transparent
+from memdesc.vm.pages import MAX_LENGTH, Access, page_size, round_page
 
-_STEP = 64 << 20
-"""Bytes faulted in at a time: between steps signals are honoured."""
+_WASTE = 8
+"""AUTO takes reserved huge pages where rounding up to them wastes at most an eighth."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,23 +115,46 @@ def allocate(request: Request) -> Allocation:
 
 
 def _allocate_fresh(request: Request) -> Allocation:
-    size = round_page(request.capacity, request.pages.page_size)
-    object_ = OwnedObject(
-        request.name,
-        size,
-        pages=request.pages,
-        max_access=request.max_access,
-        reserve=not request.lazy,
+    if _suits_huge_pages(request):
+        try:
+            return _allocate(replace(request, pages=PageKind.HUGE))
+        except AllocationError:
+            pass  # the pool has not that many: what is next is told by the kernel again
+    return _allocate(request)
+
+
+def _suits_huge_pages(request: Request) -> bool:
+    """Whether AUTO is to try the pool: little is wasted, and such memory may be shared."""
+    size = huge_page_size()
+    return (
+        request.pages is PageKind.AUTO
+        and not request.lazy
+        and not request.max_access.writable
+        and 0 < size <= request.capacity <= MAX_LENGTH - size
+        and -request.capacity % size <= request.capacity // _WASTE
     )
+
+
+def _allocate(request: Request) -> Allocation:
+    size = round_page(request.capacity, request.pages.page_size)
+    doing = f"allocating buffer {request.name!r} of {size:,} bytes"
+    object_ = OwnedObject(request.name, size, pages=request.pages, max_access=request.max_access)
     try:
-        memory, start = _map_owner(object_, request.alignment)
+        if not request.lazy or request.pages is PageKind.HUGE:  # a mapping takes those at once
+            check_available(size, doing, request.pages)
+        memory, start = _map_owner(object_, _alignment(request, size))
         if not request.lazy:
-            _populate(memory.address + start, size)
+            _populate(object_, memory.address + start, size, doing)
+        elif request.pages in (PageKind.AUTO, PageKind.TRANSPARENT_HUGE):
+            leave_to_faults(memory.address + start, size, doing, request.pages)
+    except MemdescError:
+        object_.close()
+        raise
     except OSError as error:
         object_.close()
         raise AllocationError(
-            f"mapping buffer {request.name!r} of {size:,} bytes for its owner: "
-            f"{describe_errno(error)}; ask for less, or say lazy=True if there are too few pages",
+            f"{doing}, mapped for its owner: {describe_errno(error)}; ask for less, or say "
+            "lazy=True if there are too few pages",
             errno=error.errno,
             requested=size,
         ) from error
@@ -137,18 +164,30 @@ def _allocate_fresh(request: Request) -> Allocation:
     return Allocation(object_, memory, start)
 
 
+def _alignment(request: Request, size: int) -> int:
+    """Of the owner's view: huge pages can only be mapped whole, at multiples of their size."""
+    huge = transparent_page_size()
+    if huge and size >= huge and request.pages in (PageKind.AUTO, PageKind.TRANSPARENT_HUGE):
+        return max(request.alignment, huge)
+    return request.alignment
+
+
 def _map_owner(object_: OwnedObject, alignment: int) -> tuple[_core.MappedMemory, int]:
     """Map all of an object at an aligned address: (the addresses, where it begins in them)."""
     fd = object_.own_fd()
     prot = _core.PROT_READ | _core.PROT_WRITE
     if alignment <= object_.page_size:
         return _core.map_memory(0, object_.size, prot, _core.MAP_SHARED, fd, 0), 0
-    memory = _core.reserve_memory(object_.size + alignment - page_size)
-    start = -memory.address % alignment
-    _core.place_memory(memory, start, object_.size, prot, _core.MAP_SHARED, fd, 0)
-    return memory, start
+    return map_aligned(object_.size, prot, fd, 0, alignment)
 
 
-def _populate(address: int, size: int) -> None:
-    for offset in range(0, size, _STEP):
-        _core.madvise(address + offset, min(_STEP, size - offset), _core.MADV_POPULATE_WRITE)
+def _populate(object_: OwnedObject, address: int, length: int, doing: str) -> None:
+    """Fault in the pages of a range in the way of the object's page kind."""
+    if object_.pages is PageKind.HUGE:
+        populate_huge(address, length)
+    elif object_.pages is PageKind.TRANSPARENT_HUGE:
+        populate_transparent(object_, 0, address, length, doing)
+    elif object_.pages is PageKind.AUTO:
+        populate_auto(object_, 0, address, length, doing)
+    else:
+        populate(object_, 0, address, length, doing)

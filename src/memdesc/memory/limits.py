@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 from dataclasses import dataclass
 
-from memdesc.errors import AllocationError
+from memdesc.errors import AllocationError, PageKindError
 from memdesc.memory.page_kinds import PageKind, huge_page_size, meminfo
 from memdesc.vm.cgroups import memory_cgroups
 
@@ -61,11 +61,12 @@ def check_available(nbytes: int, doing: str, pages: PageKind = PageKind.BASE) ->
     Raises
     ------
     AllocationError
-        ENOMEM, with `requested` and `available`.
+        ENOMEM, with `requested` and `available`. Of huge pages: `PageKindError`.
     """
     room = available(pages)
     if nbytes > room.nbytes:
-        raise AllocationError(
+        kind = PageKindError if pages is PageKind.HUGE else AllocationError
+        raise kind(
             f"{doing} needs {nbytes:,} bytes, but {room.limit} leaves {room.nbytes:,}: "
             f"{room.remedy}",
             errno=errno.ENOMEM,

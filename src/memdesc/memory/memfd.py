@@ -26,13 +26,9 @@ from memdesc.errors import (
     describe_errno,
 )
 from memdesc.memory.lifecycle import Lifecycle
-from memdesc.memory.limits import check_available
 from memdesc.memory.page_kinds import PageKind
 from memdesc.vm.forks import lock_for
-from memdesc.vm.pages import Access, round_page
-
-_STEP = 64 << 20
-"""Bytes reserved at a time: between steps signals are honoured and the limits looked at again."""
+from memdesc.vm.pages import Access
 
 
 class MemoryObject(Protocol):
@@ -123,15 +119,12 @@ class OwnedObject:
     size : int
         Bytes; a multiple of the page size of `pages`.
     pages : PageKind
+        HUGE makes it of the huge-page pool; all others of shmem.
     max_access : Access
         What others get at most.
-    reserve : bool
-        Take the pages now (AllocationError if they can not be had), not at the first touch.
     """
 
-    def __init__(
-        self, name: str, size: int, *, pages: PageKind, max_access: Access, reserve: bool
-    ) -> None:
+    def __init__(self, name: str, size: int, *, pages: PageKind, max_access: Access) -> None:
         self.name = name
         self.size = size
         self.pages = pages
@@ -143,8 +136,6 @@ class OwnedObject:
         try:
             status = os.fstat(self._fd)
             self.identity = (status.st_dev, status.st_ino)
-            if reserve:
-                _reserve(self._fd, size, pages, name)
         except BaseException:
             self.close()
             raise
@@ -177,6 +168,11 @@ class OwnedObject:
         if self._fd < 0:
             raise ClosedError(f"the memory of buffer {self.name!r} was closed")
         return self._fd
+
+    def reserve(self, offset: int, length: int) -> None:
+        """Take the pages of a range now (fallocate), or raise OSError."""
+        with self._lock:
+            _core.fallocate(self.own_fd(), 0, offset, length)
 
     def seals(self) -> int:
         """Read the seals that the kernel holds now (F_SEAL_* bits)."""
@@ -356,27 +352,3 @@ def _memfd_create(name: str, flags: int) -> int:
         if error.errno != errno.EINVAL:
             raise
         return os.memfd_create(name, flags)
-
-
-def _reserve(fd: int, size: int, pages: PageKind, name: str) -> None:
-    """Take all pages now, in steps, asking before each whether it can be had."""
-    doing = f"reserving buffer {name!r}"
-    check_available(round_page(size, pages.page_size), doing, pages)
-    offset, step = 0, _STEP
-    while offset < size:
-        length = min(step, size - offset)
-        check_available(length, doing, pages)
-        try:
-            _core.fallocate(fd, 0, offset, length)
-            offset += length
-        except InterruptedError:  # some kernels stop for any signal, as for huge pages all do
-            step = max(step // 2, pages.page_size)
-        except OSError as error:
-            raise AllocationError(
-                f"{doing}: the kernel gave {offset:,} of {size:,} bytes, then "
-                f"{describe_errno(error)}: ask for less, or say lazy=True to take pages at the "
-                "first touch",
-                errno=error.errno,
-                requested=size,
-                available=offset,
-            ) from error

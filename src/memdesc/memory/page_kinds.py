@@ -6,32 +6,58 @@ import functools
 from enum import Enum
 from pathlib import Path
 
+from memdesc.errors import InvalidArgument
 from memdesc.vm.pages import page_size
 
 _MEMINFO = Path("/proc/meminfo")
+_TRANSPARENT = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
 
 
 class PageKind(Enum):
-    """What a buffer's pages are."""
+    """What a buffer's pages shall be (`docs/pages.md`)."""
 
+    AUTO = "auto"
+    """The largest that can be had without waiting for them: HUGE, TRANSPARENT_HUGE, BASE."""
     BASE = "base"
     """Pages of `page_size` bytes."""
+    TRANSPARENT_HUGE = "transparent huge"
+    """Huge pages that the kernel puts together of free memory, where a whole one fits; the rest
+    is base pages. The kernel may split one later.
+
+    Linux: MADV_COLLAPSE (6.1), or MADV_HUGEPAGE where shmem_enabled allows it; else
+    `PageKindError`.
+    """
     HUGE = "huge"
     """Reserved huge pages (hugetlb) of the default size: never paged out, physically contiguous.
 
-    Linux: taken from the pool /proc/sys/vm/nr_hugepages; none there is `AllocationError`.
+    Linux: taken from the pool /proc/sys/vm/nr_hugepages; none there is `PageKindError`.
     """
 
     @property
     def page_size(self) -> int:
-        """Bytes in one page of this kind on this system."""
-        return page_size if self is PageKind.BASE else huge_page_size()
+        """What the size of such memory, and of each mapping of it, is a multiple of."""
+        return huge_page_size() if self is PageKind.HUGE else page_size
+
+    @classmethod
+    def _missing_(cls, value: object) -> PageKind:
+        raise InvalidArgument(
+            f"{value!r} is no kind of page: give PageKind.AUTO, BASE, TRANSPARENT_HUGE or HUGE"
+        )
 
 
 @functools.cache
 def huge_page_size() -> int:
     """Bytes in a huge page of the default size (0 where the kernel has none); fixed at boot."""
     return meminfo().get("Hugepagesize", 0)
+
+
+@functools.cache
+def transparent_page_size() -> int:
+    """Bytes in a transparent huge page (0 where the kernel has none); fixed at boot."""
+    try:
+        return int(_TRANSPARENT.read_text())
+    except FileNotFoundError:
+        return 0
 
 
 def meminfo() -> dict[str, int]:

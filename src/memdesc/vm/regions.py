@@ -226,7 +226,7 @@ def details(task: Task) -> list[RegionDetails]:
 def details_in(task: Task, address: int, length: int) -> list[RegionDetails]:
     """Give the details of the regions that overlap `length` bytes at `address`."""
     low, high = check_range(address, length)
-    return [one for one in details(task) if one.region.end > low and one.region.start < high]
+    return parse_smaps(_read(task, "smaps"), low, high)
 
 
 def holes(task: Task, address: int, length: int) -> list[tuple[Address, int]]:
@@ -324,22 +324,27 @@ def _kind_and_name(inode: int, path: str) -> tuple[ObjectKind, str]:
     return ObjectKind.FILE, name
 
 
-def parse_smaps(text: str) -> list[RegionDetails]:
-    """Parse /proc/PID/smaps."""
-    return [_parse_details(header, fields) for header, fields in _smaps_blocks(text)]
+def parse_smaps(text: str, low: int = 0, high: int = 2**64) -> list[RegionDetails]:
+    """Parse /proc/PID/smaps; of its regions give those that overlap `low` to `high`."""
+    return [_parse_details(header, fields) for header, fields in _smaps_blocks(text, low, high)]
 
 
-def _smaps_blocks(text: str) -> Iterator[tuple[str, dict[str, str]]]:
+def _smaps_blocks(text: str, low: int, high: int) -> Iterator[tuple[str, dict[str, str]]]:
     """Give each region's first line and its fields; only fields begin with a capital letter."""
     header, fields = "", dict[str, str]()
     for line in text.split("\n"):
         if "A" <= line[:1] <= "Z":
-            name, _, value = line.partition(":")
-            fields[name] = value
+            if header:
+                name, _, value = line.partition(":")
+                fields[name] = value
         elif line:
             if header:
                 yield header, fields
-            header, fields = line, {}
+            start, _, rest = line.partition("-")
+            if int(start, 16) >= high:
+                return
+            inside = int(rest[: rest.index(" ")], 16) > low
+            header, fields = line if inside else "", {}
     if header:
         yield header, fields
 

@@ -53,7 +53,7 @@ class Allocation:
         What it may be recycled as, once it is closed and its last view gone.
     """
 
-    __slots__ = ("kind", "memory", "object", "start")
+    __slots__ = ("_given", "_held", "kind", "memory", "object", "start")
 
     def __init__(
         self,
@@ -66,6 +66,8 @@ class Allocation:
         self.memory = memory
         self.start = start
         self.kind = kind
+        self._given = False
+        object.hold()
 
     @property
     def address(self) -> int:
@@ -76,11 +78,20 @@ class Allocation:
         """Give the first `nbytes` to Python, writable."""
         return _core.Window(self.memory, self.start, nbytes, True)
 
+    def give_object(self) -> OwnedObject:
+        """Give the object to the caller, who closes it. The view goes with its last window."""
+        self._given = True
+        self.object.let_go()
+        return self.object
+
     def close(self) -> None:
         """Let go of the object, to the recycler or for good. The view goes with its last window."""
         kind, self.kind = self.kind, None
+        if self._given:
+            return
         if kind is None or not offer(kind, self.object, self.memory, self.start):
             self.object.close()
+        self.object.let_go()
 
     def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
         if not ending():

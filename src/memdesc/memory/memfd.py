@@ -66,6 +66,8 @@ class MemoryObject(Protocol):
 
 _objects: weakref.WeakValueDictionary[tuple[int, int], OwnedObject] = weakref.WeakValueDictionary()
 
+_held: set[OwnedObject] = set()
+
 
 def find_owned(identity: tuple[int, int]) -> OwnedObject | None:
     """Find the open memory object of this process that has that device and inode.
@@ -75,6 +77,7 @@ def find_owned(identity: tuple[int, int]) -> OwnedObject | None:
     """
     object_ = _objects.get(identity)
     if object_ is not None and object_.abandon():
+        del _objects[identity]
         return None
     return object_
 
@@ -216,11 +219,29 @@ class OwnedObject:
 
     # -- what the recycler keeps -----------------------------------------------------------------
 
+    def hold(self) -> None:
+        """Keep it alive for its allocation.
+
+        In garbage that holds both, the collector would else end the object first, and nothing be
+        left to recycle.
+        """
+        _held.add(self)
+
+    def let_go(self) -> None:
+        """Undo `hold`."""
+        _held.discard(self)
+
     def retire(self) -> bool:
         """Close it for everyone, but keep the descriptor for a successor. False where closed."""
         with self._lock:
-            self._remains, self._fd = self._fd, -1
+            if self._fd >= 0:
+                self._remains, self._fd = self._fd, -1
             return self._remains >= 0
+
+    @property
+    def retired(self) -> bool:
+        """Whether it is closed, and its descriptor kept."""
+        return self._remains >= 0
 
     def abandon(self) -> bool:
         """Close what a retired object kept. False where it is not one, or had a successor."""

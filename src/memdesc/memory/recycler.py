@@ -216,7 +216,7 @@ class Recycler:
             block = self._inbox.popleft()
             if isinstance(block, Refusal):
                 self.refused[block] += 1
-            elif refusal := self.refusal(block.object) or self._too_large(block):
+            elif refusal := self.refusal(block.object) or self._unfit(block):
                 self._drop(block, refusal)
             else:
                 self._blocks.append(block)
@@ -242,7 +242,9 @@ class Recycler:
             return None
         return Refusal.NOT_ALLOWED
 
-    def _too_large(self, block: Block) -> Refusal | None:
+    def _unfit(self, block: Block) -> Refusal | None:
+        if not block.object.retired:
+            return Refusal.SPOILED
         return Refusal.TOO_LARGE if block.size > self._limit() else None
 
     def _limit(self) -> int:
@@ -357,6 +359,9 @@ class Recycler:
 
 def _fits(block: Block, want: Want) -> bool:
     needed = round_page(want.capacity, block.object.page_size)
+    by_name = want.kind.pages is not PageKind.AUTO
+    if by_name and block.object.pages is not want.kind.pages:
+        return False  # the source of a snapshot, moved to what memory there was
     return (
         block.kind == want.kind
         and needed <= block.size <= min(needed * _LONGEST_FIT, 2 * want.capacity)

@@ -9,7 +9,7 @@ import inspect
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import pytest
 
 import memdesc as md
 from memdesc import iokit
-from memdesc.errors import MemdescError
+from memdesc.errors import DoubleFreeError, MemdescError
 from memdesc.iokit import (
     IOBufferMemoryDescriptor,
     IOMemoryDescriptor,
@@ -231,7 +231,9 @@ def test_the_table_tells_truly_what_iokit_has() -> None:
     classes = [
         kind
         for kind in vars(iokit).values()
-        if inspect.isclass(kind) and kind.__module__ == "memdesc.iokit" and kind.__name__[0] != "_"
+        if inspect.isclass(kind)
+        and kind.__module__.startswith("memdesc.iokit")
+        and kind.__name__[0] != "_"
     ]
     ours = [f"{kind.__name__}.{name}" for kind in classes for name in vars(kind) if name[0] != "_"]
     assert [name for name in ours if not said.get(name)] == []
@@ -504,6 +506,59 @@ def test_the_kernels_copies_answer_with_errno() -> None:
         child.kill()
         child.wait()
         assert iokit.copyin(address, into, 1, gone) == errno.ESRCH
+
+
+@pytest.mark.parametrize(
+    "allocate",
+    [
+        iokit.IOMalloc,
+        lambda size, **why: iokit.IOMallocAligned(size, 100, **why),
+        lambda size, **why: iokit.IOMallocPageable(size, 100, **why),
+    ],
+)
+def test_blocks_come_and_go(allocate: Callable[..., Any]) -> None:
+    block = allocate(5000)
+    assert not any(memoryview(block))
+    with pytest.raises(md.InvalidArgument):
+        iokit.IOFree(block, 1 << 20)
+    iokit.IOFree(block, 5000)
+    with pytest.raises(DoubleFreeError):
+        iokit.IOFree(block, 5000)
+    why: list[MemdescError] = []
+    assert allocate(0, why=why) is None
+    assert isinstance(why[0], md.InvalidArgument)
+    assert allocate(0) is None
+
+
+def test_an_alignment_is_rounded_up_to_a_power_of_two() -> None:
+    block = iokit.IOMallocAligned(10, 100)
+    assert block is not None
+    assert block.address % 128 == 0
+    iokit.IOFreeAligned(block, 10)
+
+
+def test_the_physical_address_comes_beside_the_block() -> None:
+    physical: list[int] = []
+    why: list[MemdescError] = []
+    block = iokit.IOMallocContiguous(page_size, 1, physical, why=why)
+    if block is None:
+        assert isinstance(why[0], md.NotPrivilegedError | md.WiringError)
+        pytest.skip(str(why[0]))
+    assert isinstance(block, md.PageBlock)
+    assert physical == [block.physical_address]
+    iokit.IOFreeContiguous(block, page_size)
+
+
+def test_whole_pages_of_an_aligned_block_can_be_shared() -> None:
+    block = iokit.IOMallocAligned(2 * page_size, page_size)
+    assert block is not None
+    described = IOMemoryDescriptor.withAddress(block, 2 * page_size, kIODirectionOut)
+    assert described is not None
+    mapping = described.createMappingInTask(
+        current_task(), 0, kIOMapAnywhere | kIOMapReadOnly | kIOMapUnique
+    )
+    assert mapping is not None
+    assert mapping.getLength() == 2 * page_size
 
 
 def test_codes_stand_for_exceptions() -> None:

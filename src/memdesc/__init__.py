@@ -11,7 +11,9 @@ Where to begin; `help(memdesc.Service)` and so on tells more:
 * `copy_between`                                   copies from one process to another
 * `prepare`, `complete`            of any descriptor: keep it resident
 * `Zone`, `zprint`, `zone_map`     small private memory, fast, from a limited pool
+* `io_malloc`, `io_malloc_aligned`, `io_free` ...  memory by its size, as the model allocates it
 * `send_descriptor`, `receive_descriptor`          over a Unix socket of your own
+* `recycler`                       what is kept of freed buffers for the next ones
 * `Access`, `Direction`, `PageKind`, `Contents`    words for arguments
 * `MemdescError`                   the root of all errors; `MappingReason`, `WiringReason`
 
@@ -20,7 +22,7 @@ The house, from the top down; a room knows only those below it:
 * `cli`, `testing`       the command line; the conformance suite, leak guard and fault injection
 * `iokit`                the model's own spelling
 * `services`             services and connections: who may see which memory
-* `alloc`                zones: small pieces of private memory, from a limited pool
+* `alloc`                zones: small pieces of private memory, from a limited pool; io_malloc
 * `handover`             descriptors over Unix sockets and multiprocessing (`portable`: their form)
 * `descriptors`          what describes memory: buffers, address ranges, parts, several as one
 * `copyio`               copyin, copyout, copyinstr, copy_between
@@ -102,8 +104,14 @@ from memdesc.vm.task import Task as Task
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from memdesc.alloc import (
+        PageBlock as PageBlock,
         Zone as Zone,
         collect_zones as collect_zones,
+        io_free as io_free,
+        io_malloc as io_malloc,
+        io_malloc_aligned as io_malloc_aligned,
+        io_malloc_contiguous as io_malloc_contiguous,
+        io_malloc_pageable as io_malloc_pageable,
         zprint as zprint,
     )
     from memdesc.services.connection import Connection as Connection, connect as connect
@@ -119,8 +127,14 @@ _LATER = {
     "connect": "memdesc.services.connection",
     "Service": "memdesc.services.service",
     "UserClient": "memdesc.services.user_client",
+    "PageBlock": "memdesc.alloc",
     "Zone": "memdesc.alloc",
     "collect_zones": "memdesc.alloc",
+    "io_free": "memdesc.alloc",
+    "io_malloc": "memdesc.alloc",
+    "io_malloc_aligned": "memdesc.alloc",
+    "io_malloc_contiguous": "memdesc.alloc",
+    "io_malloc_pageable": "memdesc.alloc",
     "zprint": "memdesc.alloc",
 }
 

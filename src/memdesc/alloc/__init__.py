@@ -4,13 +4,34 @@
 * `chunks`: how it grows and shrinks
 * `statistics`: what zones tell of themselves
 * `zone`: `Zone`, elements of one size
+* `iomalloc`: memory by its size, small from zones, large in pages
 
 Zone memory is never shared: mapping it for another task refuses with `ZONE_MEMORY`. What is to be
 shared is a `BufferMemoryDescriptor`.
 """
 
 from memdesc.alloc.chunks import collect_zones
+from memdesc.alloc.iomalloc import (
+    PageBlock,
+    io_free,
+    io_malloc,
+    io_malloc_aligned,
+    io_malloc_contiguous,
+    io_malloc_pageable,
+)
 from memdesc.alloc.statistics import ZoneStatistics, ZoneTable
 from memdesc.alloc.zone import Zone, zprint
 
-__all__ = ["Zone", "ZoneStatistics", "ZoneTable", "collect_zones", "zprint"]
+__all__ = [
+    "PageBlock",
+    "Zone",
+    "ZoneStatistics",
+    "ZoneTable",
+    "collect_zones",
+    "io_free",
+    "io_malloc",
+    "io_malloc_aligned",
+    "io_malloc_contiguous",
+    "io_malloc_pageable",
+    "zprint",
+]

@@ -19,6 +19,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from memdesc.iokit.allocating import (
+    IOFree as IOFree,
+    IOFreeAligned as IOFreeAligned,
+    IOFreeContiguous as IOFreeContiguous,
+    IOFreePageable as IOFreePageable,
+    IOMalloc as IOMalloc,
+    IOMallocAligned as IOMallocAligned,
+    IOMallocContiguous as IOMallocContiguous,
+    IOMallocPageable as IOMallocPageable,
+)
 from memdesc.iokit.copying import copyin as copyin, copyinstr as copyinstr, copyout as copyout
 from memdesc.iokit.memory import (
     IOBufferMemoryDescriptor as IOBufferMemoryDescriptor,

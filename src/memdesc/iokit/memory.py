@@ -156,6 +156,7 @@ class IOBufferMemoryDescriptor(IOMemoryDescriptor):
 
     Examples
     --------
+    >>> from memdesc.iokit import *
     >>> memDesc = IOBufferMemoryDescriptor.withOptions(
     ...               kIODirectionOutIn | kIOMemoryKernelUserShared, 54321, page_size )
     >>> memDesc.createMappingInTask(current_task(), 0, kIOMapAnywhere).getLength()

@@ -25,7 +25,7 @@ kIODirectionInOut: Final = 3
 kIOMemoryThreadSafe: Final = 0x100000
 
 # IOBufferMemoryDescriptor.h
-kIOMemoryPhysicallyContiguous: Final = 0x10  # refused: not to be promised by this call
+kIOMemoryPhysicallyContiguous: Final = 0x10  # refused: IOMallocContiguous promises it
 kIOMemoryPageable: Final = 0x20
 kIOMemoryUnshared: Final = 0
 kIOMemoryKernelUserShared: Final = 0x10000

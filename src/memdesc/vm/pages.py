@@ -80,6 +80,14 @@ def check_length(length: int, what: str = "length") -> int:
     return value
 
 
+def check_alignment(alignment: int) -> int:
+    """Give an alignment in bytes back if it is a power of two up to 2**40, else raise."""
+    value = check_integer(alignment, "alignment")
+    if value < 1 or value & (value - 1) or value > 1 << 40:
+        raise InvalidArgument(f"alignment is {value}: give a power of two up to 2**40")
+    return value
+
+
 def check_integer(value: int, what: str) -> int:
     """Give an integer within ±`MAX_LENGTH` back (also NumPy's), else raise `InvalidArgument`."""
     try:

@@ -5,6 +5,7 @@ Where to begin; `help(memdesc.Service)` and so on tells more:
 * `BufferMemoryDescriptor`         memory of our own, made to be shared; `array()` views it
 * `Service`, `connect`             share it under a name; map it in another process
 * `create_mapping_in_task`         of any descriptor: map it into a connected process
+* `snapshot`                       of any descriptor: the bytes as they are now, for ever
 * `SubMemoryDescriptor`, `MultiMemoryDescriptor`   a part; several as one
 * `Task`, `MemoryDescriptor.with_address_range`    memory of any process, by its address
 * `copyin`, `copyout`, `copyinstr`                 copies from and to any process
@@ -51,8 +52,10 @@ from memdesc.copyio import (
 )
 from memdesc.descriptors.base import MemoryDescriptor as MemoryDescriptor
 from memdesc.descriptors.buffer import BufferMemoryDescriptor as BufferMemoryDescriptor
+from memdesc.descriptors.copy_on_write import SnapshotReason as SnapshotReason
 from memdesc.descriptors.multi import MultiMemoryDescriptor as MultiMemoryDescriptor
 from memdesc.descriptors.received import ReceivedMemoryDescriptor as ReceivedMemoryDescriptor
+from memdesc.descriptors.snapshot import SnapshotMemoryDescriptor as SnapshotMemoryDescriptor
 from memdesc.descriptors.sub import SubMemoryDescriptor as SubMemoryDescriptor
 from memdesc.errors import (
     AccessDeniedError as AccessDeniedError,

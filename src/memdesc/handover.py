@@ -27,6 +27,7 @@ from memdesc.descriptors.base import MemoryDescriptor, check_descriptor
 from memdesc.descriptors.buffer import BufferMemoryDescriptor
 from memdesc.descriptors.multi import MultiMemoryDescriptor
 from memdesc.descriptors.received import ReceivedMemoryDescriptor
+from memdesc.descriptors.snapshot import SnapshotMemoryDescriptor
 from memdesc.descriptors.sub import SubMemoryDescriptor
 from memdesc.errors import (
     InvalidArgument,
@@ -434,5 +435,6 @@ for _kind in (
     SubMemoryDescriptor,
     MultiMemoryDescriptor,
     ReceivedMemoryDescriptor,
+    SnapshotMemoryDescriptor,
 ):
     reduction.ForkingPickler.register(_kind, _reduce)

@@ -9,8 +9,9 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, final
 
 from memdesc import _core
-from memdesc.copyio import bytes_of, copyin, copyout
+from memdesc.copyio import bytes_of, copyin, copyin_into, copyout
 from memdesc.descriptors.base import MemoryDescriptor, PageCounts
+from memdesc.descriptors.freezing import Reader
 from memdesc.errors import (
     InvalidArgument,
     MappingError,
@@ -267,6 +268,12 @@ class AddressRangeDescriptor(MemoryDescriptor):
             if self._window is None:
                 self._window = self.map(unique=True)._export()
             return self._window
+
+    def _reader(self) -> Reader:
+        def read(offset: int, into: memoryview) -> None:
+            copyin_into(self.task, self.address + offset, into)
+
+        return read
 
     def read_bytes(self, offset: int = 0, length: int | None = None) -> bytes:
         """Copy bytes out by copyin; works on private memory too."""

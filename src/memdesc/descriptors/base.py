@@ -1,8 +1,8 @@
 """MemoryDescriptor: describes memory. Mapping makes it visible, wiring keeps it resident.
 
-The one abstract base: bytes and wiring here, mapping in `Mappable`. The kinds differ in five hooks:
-`length`, `max_access`, `_extents`, `_export` and `_wire`. The base never looks which kind
-it is; only the named constructors at the end name two.
+The one abstract base: bytes and wiring here, mapping in `Mappable`. The kinds differ in hooks:
+`length`, `max_access`, `_extents`, `_export` and `_wire`, some in `_freeze`. The base never looks
+which kind it is; only `snapshot` and the named constructors at the end name what they make.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from memdesc import _core
 from memdesc.copyio import bytes_of
+from memdesc.descriptors.copy_on_write import SnapshotReason
+from memdesc.descriptors.freezing import Frozen, Reader, copied
 from memdesc.descriptors.mappable import Mappable
 from memdesc.errors import InvalidArgument, NotPreparedError, SealedError, WiringError, WiringReason
 from memdesc.mapping import check_range, view_as_array
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     from typing_extensions import Buffer  # collections.abc has it from 3.12 on
+
+    from memdesc.descriptors.snapshot import SnapshotMemoryDescriptor
 
 
 def _nothing() -> None:
@@ -72,6 +76,26 @@ class MemoryDescriptor(Mappable):
     @abstractmethod
     def _wire(self, direction: Direction) -> Callable[[], None]:
         """Wire all of it and give what undoes that; `WiringError`, with nothing left wired."""
+
+    def _freeze(self, offset: int, length: int) -> Frozen:
+        """Make a part immutable. Kinds that can do it without copying all of it override it."""
+        read = self._reader()
+        return copied(
+            lambda at, into: read(offset + at, into),
+            length,
+            SnapshotReason.NOT_OWNED,
+            name=self.name,
+        )
+
+    def _reader(self) -> Reader:
+        """What copies bytes out, in several threads: every aligned word of 8 bytes at once."""
+        view = memoryview(self).toreadonly()
+
+        def read(offset: int, into: memoryview) -> None:
+            with view[offset : offset + into.nbytes] as part:
+                _core.copy_words(into, part)
+
+        return read
 
     def _close(self) -> None:
         """Let go of what the kind holds. Called once."""
@@ -165,6 +189,58 @@ class MemoryDescriptor(Mappable):
         start, span = page_span(address, nbytes)
         resident = sum(flag & 1 for flag in _core.mincore(start, span))
         return PageCounts(span // page_size, resident)
+
+    # -- snapshots -------------------------------------------------------------------------------
+
+    def snapshot(self) -> SnapshotMemoryDescriptor:
+        """Give the bytes as they are now, for ever: an immutable descriptor of its own.
+
+        What is stored here afterwards is not in it, and nobody can store there. Whether bytes
+        are copied is told (`copied_bytes`, `reason`) and changes nothing else: of a buffer that
+        no one else ever saw no byte is copied, of one that changed since its last such snapshot
+        only what changed, of everything else all. This descriptor stays what it is: writable,
+        its views valid.
+
+        Returns
+        -------
+        SnapshotMemoryDescriptor
+            Owned by the caller.
+
+        Raises
+        ------
+        InvalidArgument
+            It describes 0 bytes.
+        AllocationError
+            There is no memory for what has to be copied.
+        MappingError
+            It can not be mapped here, as which a snapshot is read; or, of memory of another task,
+            nor copied.
+
+        Notes
+        -----
+        Linux: mremap of a private mapping over the view, F_SEAL_WRITE, PAGEMAP_SCAN; no privilege.
+        Threads that store meanwhile, and fork: see `docs/snapshots.md`.
+
+        Examples
+        --------
+        >>> from memdesc import BufferMemoryDescriptor
+        >>> with BufferMemoryDescriptor(100) as buffer:
+        ...     buffer.write_bytes(0, b"then")
+        ...     frozen = buffer.snapshot()
+        ...     buffer.write_bytes(0, b"now ")
+        ...     frozen.read_bytes(0, 4), frozen.copied_bytes
+        (b'then', 0)
+        """
+        from memdesc.descriptors.snapshot import SnapshotMemoryDescriptor
+
+        self._check_open()
+        length = self.length
+        if not length:
+            raise InvalidArgument(
+                f"{self.name!r} describes 0 bytes: there is nothing to take a snapshot of",
+                errno=errno.EINVAL,
+            )
+        return SnapshotMemoryDescriptor(self._freeze(0, length), name=self.name)
 
     # -- wiring ----------------------------------------------------------------------------------
 

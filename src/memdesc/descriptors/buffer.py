@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import errno
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, final
 
 from memdesc import _core
 from memdesc.copyio import bytes_of
+from memdesc.descriptors import copy_on_write
 from memdesc.descriptors.base import MemoryDescriptor, _nothing
+from memdesc.descriptors.freezing import Frozen, freeze_buffer
 from memdesc.errors import InvalidArgument, PageKindError, RangeError
 from memdesc.mapping import Extent
 from memdesc.memory.allocation import Allocation, Request, allocate
+from memdesc.memory.lifecycle import State
 from memdesc.memory.made_of import MadeOf, look
 from memdesc.memory.memfd import OwnedObject, check_name
 from memdesc.memory.page_kinds import PageKind, transparent_page_size
@@ -72,6 +76,9 @@ class BufferMemoryDescriptor(MemoryDescriptor):
         moves it.
     pages : PageKind
         As asked for.
+    moves, moved_bytes : int
+        How often the buffer had to move to new memory since a snapshot shares its old one
+        (`docs/snapshots.md`), and the bytes copied for that. Each is logged as ``buffer.moved``.
 
     Raises
     ------
@@ -115,6 +122,7 @@ class BufferMemoryDescriptor(MemoryDescriptor):
         super().__init__(direction, check_name(name))
         self._allocation: Allocation | None = None
         self._fixed: MadeOf | None = None
+        self.moves = self.moved_bytes = 0
         self.capacity = self._length = check_length(capacity, "capacity")
         alignment = _check_alignment(alignment)
         max_access = Access(max_access)
@@ -235,13 +243,52 @@ class BufferMemoryDescriptor(MemoryDescriptor):
     def _wire(self, direction: Direction) -> Callable[[], None]:
         if self.memory.pages is PageKind.HUGE:
             return _nothing  # huge pages never leave memory, and mlock does not count them
+        # Locking would copy all pages of a private view; and each grant would undo it.
+        self._attach()
         return wire(self._window.address, self.capacity, keep=self._window.memory).release
+
+    def _freeze(self, offset: int, length: int) -> Frozen:
+        with self._lock:
+            if offset or length != self._length:
+                return super()._freeze(offset, length)
+            self._check_open()
+            assert self._allocation is not None
+            self._fixed = None
+            return freeze_buffer(
+                self._allocation,
+                length,
+                self._reader(),
+                _attaching(weakref.ref(self)),
+                prepared=self.prepare_count > 0,
+            )
+
+    def _attach(self) -> None:
+        """Move to memory of its own, if it is the source of a snapshot that shares its memory."""
+        allocation = self._allocation
+        if allocation is None:
+            return
+        with allocation.object.lock:
+            if allocation.object.lifecycle.state is State.DETACHED:
+                self.moved_bytes += copy_on_write.attach(allocation)
+                self.moves += 1
+                self._fixed = None
 
     def _close(self) -> None:
         allocation, self._allocation = self._allocation, None
         if allocation is not None:
             del self._window
             allocation.close()
+
+
+def _attaching(this: weakref.ref[BufferMemoryDescriptor]) -> Callable[[], None]:
+    """What moves a buffer, kept by its memory: it must not keep the buffer alive."""
+
+    def attach() -> None:
+        buffer = this()
+        if buffer is not None:
+            buffer._attach()
+
+    return attach
 
 
 def _check_pages(pages: PageKind, max_access: Access) -> PageKind:

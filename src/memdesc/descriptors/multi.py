@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, final
 
 from memdesc import _core
 from memdesc.descriptors.base import MemoryDescriptor, PageCounts, check_descriptor
+from memdesc.descriptors.freezing import Reader
 from memdesc.errors import InvalidArgument
 from memdesc.mapping import Extent, Placement, check_range, map_extents
 from memdesc.vm.pages import Access, Direction
@@ -98,6 +99,22 @@ class MultiMemoryDescriptor(MemoryDescriptor):
             member._check_open()
             lengths += member._layout() if isinstance(member, type(self)) else [member.length]
         return tuple(lengths)
+
+    def _reader(self) -> Reader:
+        parts = [
+            (member._reader(), at, nbytes) for member, at, nbytes in self._parts(0, self.length)
+        ]
+
+        def read(offset: int, into: memoryview) -> None:
+            start, end = 0, offset + into.nbytes
+            for reader, at, nbytes in parts:
+                low, high = max(offset, start), min(end, start + nbytes)
+                if low < high:
+                    with into[low - offset : high - offset] as part:
+                        reader(at + low - start, part)
+                start += nbytes
+
+        return read
 
     def read_bytes(self, offset: int = 0, length: int | None = None) -> bytes:
         """Copy bytes out, member by member; see `MemoryDescriptor.read_bytes`."""

@@ -10,7 +10,7 @@ from typing import final
 from memdesc import _core
 from memdesc.descriptors.base import MemoryDescriptor
 from memdesc.errors import SealedError, describe_errno
-from memdesc.mapping import Extent, check_range
+from memdesc.mapping import Extent, check_range, part_of
 from memdesc.memory.foreign import ForeignObject
 from memdesc.vm.pages import Access, Direction
 from memdesc.wiring import wire
@@ -61,13 +61,7 @@ class ReceivedMemoryDescriptor(MemoryDescriptor):
 
     def _extents(self, offset: int, length: int, access: Access) -> list[Extent]:
         self._check_open()
-        found, start = [], 0
-        for extent in self._parts:
-            begin, end = max(offset, start), min(offset + length, start + extent.length)
-            if begin < end:
-                found.append(Extent(extent.object, extent.offset + begin - start, end - begin))
-            start += extent.length
-        return found
+        return part_of(self._parts, offset, length)
 
     def _export(self) -> _core.Window | memoryview:
         self._check_open()

@@ -7,6 +7,7 @@ from typing import final
 
 from memdesc import _core
 from memdesc.descriptors.base import MemoryDescriptor, PageCounts, check_descriptor
+from memdesc.descriptors.freezing import Frozen, Reader
 from memdesc.errors import RangeError
 from memdesc.mapping import Extent, Placement, check_range
 from memdesc.vm.pages import Access, Direction
@@ -86,6 +87,14 @@ class SubMemoryDescriptor(MemoryDescriptor):
 
     def _store(self, offset: int, source: memoryview) -> None:
         self.parent._store(self._within(offset), source)
+
+    def _freeze(self, offset: int, length: int) -> Frozen:
+        self._check_open()
+        return self.parent._freeze(self._within(offset), length)
+
+    def _reader(self) -> Reader:
+        read, start = self.parent._reader(), self._within(0)
+        return lambda offset, into: read(start + offset, into)
 
     def read_bytes(self, offset: int = 0, length: int | None = None) -> bytes:
         """Copy bytes out of the parent; see `MemoryDescriptor.read_bytes`."""

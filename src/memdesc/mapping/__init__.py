@@ -27,5 +27,6 @@ from memdesc.mapping.place import (
     Placement as Placement,
     explained as explained,
     map_extents as map_extents,
+    part_of as part_of,
 )
 from memdesc.mapping.views import check_range as check_range, view_as_array as view_as_array

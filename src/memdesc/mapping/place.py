@@ -29,6 +29,17 @@ class Extent:
     length: int
 
 
+def part_of(extents: Sequence[Extent], offset: int, length: int) -> list[Extent]:
+    """Give the extents of a part of the bytes that extents describe one after the other."""
+    found, start = [], 0
+    for extent in extents:
+        begin, end = max(offset, start), min(offset + length, start + extent.length)
+        if begin < end:
+            found.append(Extent(extent.object, extent.offset + begin - start, end - begin))
+        start += extent.length
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Placement:
     """How a mapping is to lie in its task.

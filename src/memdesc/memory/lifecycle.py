@@ -148,9 +148,8 @@ class Lifecycle:
         most = TABLE[after].peers_get
         if most is None:
             raise SealedError(
-                f"buffer {name!r} is the source of a snapshot made without copying: what it shows "
-                "is this task's private view, which nobody else can be given; copy it into a new "
-                "buffer and share that",
+                f"what buffer {name!r} shows is this task's private view over the memory of a "
+                "snapshot, which nobody else can be given: it has to be moved first",
                 errno=errno.EPERM,
             )
         if not access.within(most):
@@ -173,6 +172,18 @@ class Lifecycle:
         """Note that the grant was made to a task of that user."""
         self._state = state
         self.grantees.add(user)
+
+    def detach(self) -> None:
+        """Note that the memory belongs to a snapshot now, and the owner's view is private."""
+        self._state = State.DETACHED
+
+    def rejoin(self) -> None:
+        """Note that it does not, after all: the owner's view was never replaced."""
+        self._state = State.PRIVATE
+
+    def freeze(self) -> None:
+        """Note that the seals against all writing are on."""
+        self._state = State.FROZEN
 
     def snapshot_cost(self) -> Snapshot:
         """Tell what a snapshot would cost now, marks included."""

@@ -13,8 +13,8 @@ import errno
 import fcntl
 import functools
 import os
-import signal
 import weakref
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from memdesc import _core
@@ -25,7 +25,8 @@ from memdesc.errors import (
     UnsupportedError,
     describe_errno,
 )
-from memdesc.memory.lifecycle import Lifecycle
+from memdesc.memory.lease import held_by_others
+from memdesc.memory.lifecycle import TABLE, Lifecycle, State
 from memdesc.memory.page_kinds import PageKind
 from memdesc.vm.forks import lock_for
 from memdesc.vm.pages import Access
@@ -134,6 +135,8 @@ class OwnedObject:
         self.page_size = pages.page_size
         self.lifecycle = Lifecycle(max_access)
         self._fd = self._remains = -1
+        self._frozen: OwnedObject | None = None
+        self._attach: Callable[[], None] | None = None
         self._lock = lock_for(self)
         self._fd = _create(name, size, pages)
         try:
@@ -159,8 +162,10 @@ class OwnedObject:
 
         No lease tells a duplicate of it from the owner: asking for it marks the memory *exposed*.
         """
-        self.lifecycle.exposed = True
-        return self.own_fd()
+        with self._lock:
+            fd = self.own_fd()
+            self.lifecycle.exposed = True
+            return fd
 
     def own_fd(self) -> int:
         """As `fileno`, for the library itself: it duplicates it for no one, so there is no mark.
@@ -168,6 +173,8 @@ class OwnedObject:
         What is mapped through it shares the owner's description, and a lease is blind to it: for
         the owner's one view only.
         """
+        if self._attach is not None:
+            self._attach()
         if self._fd < 0:
             raise ClosedError(f"the memory of buffer {self.name!r} was closed")
         return self._fd
@@ -179,6 +186,8 @@ class OwnedObject:
 
     def seals(self) -> int:
         """Read the seals that the kernel holds now (F_SEAL_* bits)."""
+        if self._frozen is not None:
+            return self._frozen.seals()
         return fcntl.fcntl(self.own_fd(), fcntl.F_GET_SEALS)
 
     def open(self, access: Access) -> int:
@@ -191,10 +200,11 @@ class OwnedObject:
 
     def grant(self, access: Access, *, enforced: bool = True, user: int) -> int:
         """Re-open for another task of user id `user`, sealed as the lifecycle says."""
-        life = self.lifecycle
         with self._lock:
+            own_fd = self.own_fd()
+            life = self.lifecycle
             state, seals = life.grant(access, enforced=enforced, name=self.name)
-            fd = reopen(self.own_fd(), access)  # may fail: before the seals, which stay
+            fd = reopen(own_fd, access)  # may fail: before the seals, which stay
             try:
                 self._seal(seals)
             except BaseException:
@@ -215,7 +225,78 @@ class OwnedObject:
 
     def close(self) -> None:
         """Let go of the descriptor. Mappings and other holders keep the pages."""
+        self._frozen = self._attach = None
         close_object(self)
+
+    # -- snapshots: see memdesc.descriptors.copy_on_write ----------------------------------------
+
+    @property
+    def lock(self) -> Any:
+        """Held while the object is granted, detached or moved; reentrant."""
+        return self._lock
+
+    @property
+    def immutable(self) -> bool:
+        """Whether it is sealed against all writing."""
+        return self.lifecycle.state is State.FROZEN
+
+    @property
+    def frozen(self) -> OwnedObject | None:
+        """Of a detached object: that of the snapshot, which the owner's view is over."""
+        return self._frozen
+
+    def split(self, attach: Callable[[], None]) -> OwnedObject:
+        """Give the memory to a snapshot: an object that has its descriptor, and is to be frozen.
+
+        This one is detached from here on: who needs its descriptor has `attach` called first,
+        which brings it new memory by `adopt`.
+        """
+        frozen = OwnedObject.__new__(OwnedObject)
+        frozen.__dict__.update(self.__dict__)
+        frozen._lock = lock_for(frozen)
+        frozen.lifecycle = Lifecycle(Access.READ_ONLY)
+        with self._lock:
+            self._fd, self._frozen, self._attach = -1, frozen, attach
+            self.lifecycle.detach()
+            _objects[self.identity] = frozen
+        return frozen
+
+    def rejoin(self) -> None:
+        """Undo `split`: the owner's view was not replaced after all."""
+        with self._lock:
+            lifecycle, frozen = self.lifecycle, self._frozen
+            assert frozen is not None
+            self.adopt(frozen)
+            self.lifecycle = lifecycle
+            lifecycle.rejoin()
+
+    def adopt(self, other: OwnedObject) -> None:
+        """Take over the memory of another object, which is closed by that.
+
+        It may be larger; the size stays that of the owner's view.
+        """
+        with self._lock, other._lock:
+            kept = {name: getattr(self, name) for name in ("name", "size", "_lock")}
+            kept |= {"_frozen": None, "_attach": None}
+            self.__dict__.update(other.__dict__ | kept)
+            other._fd = -1
+            _objects[self.identity] = self
+
+    def doubt(self, frozen: OwnedObject | None = None) -> None:
+        """Forget the snapshot's object while the owner's view is replaced, or name it again."""
+        self._frozen = frozen
+
+    def freeze(self) -> None:
+        """Seal it against all writing, for ever.
+
+        Raises
+        ------
+        OSError
+            EBUSY: somebody has it mapped writable, or holds pages of it pinned.
+        """
+        with self._lock:
+            self._seal(TABLE[State.FROZEN].seals)
+            self.lifecycle.freeze()
 
     # -- what the recycler keeps -----------------------------------------------------------------
 
@@ -254,9 +335,8 @@ class OwnedObject:
     def is_held_by_others(self) -> bool:
         """Ask the kernel whether anything else than the owner's view still has a retired object.
 
-        By a write lease, taken and given back at once. Whoever opens the file meanwhile waits that
-        long, and the signal that tells of him is one that is ignored, not SIGIO, which kills.
-        Never waits for a lock: who holds it is just about to spoil the object.
+        By a write lease: see `memdesc.memory.lease`. Never waits for a lock: who holds it is just
+        about to spoil the object.
 
         Raises
         ------
@@ -271,14 +351,7 @@ class OwnedObject:
             fd = self._remains
             if fd < 0:
                 raise ClosedError(f"the memory of buffer {self.name!r} was let go")
-            fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
-            try:
-                fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
-            except BlockingIOError:
-                return True
-            opened = fcntl.fcntl(fd, fcntl.F_GETLEASE) != fcntl.F_WRLCK
-            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-            return opened
+            return held_by_others(fd)
         finally:
             self._lock.release()
 

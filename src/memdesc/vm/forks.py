@@ -1,4 +1,4 @@
-"""Locks and fork: a fork child gets new ones.
+"""Locks and fork: a fork child gets new ones, and a fork can be held off.
 
 Of a lock that another thread of the parent held at that moment the child has a copy that nobody
 will ever release: that thread is not in the child.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 
@@ -18,6 +20,7 @@ class Locked(Protocol):
     _lock: Any
 
 
+_gate = threading.RLock()
 _holders: weakref.WeakSet[Locked] = weakref.WeakSet()
 _hooked = False
 
@@ -27,14 +30,39 @@ def lock_for(holder: Locked) -> Any:
 
     Reentrant, as a signal handler may call what its own thread is in the middle of.
     """
-    global _hooked
-    if not _hooked:
-        _hooked = True
-        os.register_at_fork(after_in_child=_renew)
+    _hook()
     _holders.add(holder)
     return threading.RLock()
 
 
+@contextmanager
+def no_fork() -> Iterator[None]:
+    """Let `os.fork` of other threads wait: what is done inside is in a child whole, or not at all.
+
+    A signal handler of this thread that forks is not held off. Only for what takes milliseconds.
+    """
+    _hook()
+    with _gate:
+        yield
+
+
+def _hook() -> None:
+    global _hooked
+    if not _hooked:
+        _hooked = True
+        os.register_at_fork(before=_close, after_in_parent=_open, after_in_child=_renew)
+
+
+def _close() -> None:
+    _gate.acquire()
+
+
+def _open() -> None:
+    _gate.release()
+
+
 def _renew() -> None:
+    global _gate
+    _gate = threading.RLock()
     for holder in list(_holders):
         holder._lock = threading.RLock()

@@ -17,10 +17,19 @@ empty books, and the claims that it inherits release nothing there.
 from memdesc.wiring.claims import (
     Wire,
     WiringStatistics,
+    replacing,
     statistics,
     wire,
     wire_count,
     wired_bytes,
 )
 
-__all__ = ["Wire", "WiringStatistics", "statistics", "wire", "wire_count", "wired_bytes"]
+__all__ = [
+    "Wire",
+    "WiringStatistics",
+    "replacing",
+    "statistics",
+    "wire",
+    "wire_count",
+    "wired_bytes",
+]

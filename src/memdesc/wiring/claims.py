@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NoReturn, final
 
@@ -78,11 +78,7 @@ class _Books:
         try:
             with self._lock:
                 if self._busy:
-                    raise MemdescError(
-                        f"cannot {doing}: this thread is wiring already, and was interrupted by "
-                        "the signal handler or finalizer that asks; wire outside of it",
-                        errno=errno.EDEADLK,
-                    )
+                    raise _met_itself(doing)
                 self._busy = True
                 try:
                     self._drain(settled)
@@ -122,6 +118,40 @@ class _Books:
         self.tokens += 1
         self.wires += 1
 
+    @contextlib.contextmanager
+    def replacing(self, start: int, end: int, doing: str) -> Iterator[bool]:
+        settled: list[_Claim] = []
+        try:
+            with self._lock:
+                if self._busy:
+                    raise _met_itself(doing)
+                self._busy = True
+                try:
+                    self._drain(settled)
+                    claimed = list(self._claimed(start, end))
+                    yield bool(claimed)
+                    self._lock_again(claimed, doing)
+                finally:
+                    self._busy = False
+        finally:
+            self.settle()
+
+    def _claimed(self, start: int, end: int) -> Iterator[Run]:
+        """The runs of a range that any claim covers."""
+        at = start
+        for left, right in [*self.counts.runs(start, end, 0), (end, end)]:
+            if at < left:
+                yield at, left
+            at = right
+
+    def _lock_again(self, runs: list[Run], doing: str) -> None:
+        for start, end in runs:
+            try:
+                _core.mlock(start, end - start)
+            except OSError as error:
+                self.failures += 1
+                raise causes.explain(error, doing, [(start, end)]) from error
+
     def give_back(self, claim: _Claim) -> None:
         if not self.abandoned:
             self._queue.append(claim)
@@ -153,6 +183,14 @@ class _Books:
             settled.append(self._queue.popleft())
             self.wired -= sum(end - start for start, end in last)
             self.tokens -= 1
+
+
+def _met_itself(doing: str) -> MemdescError:
+    return MemdescError(
+        f"cannot {doing}: this thread is wiring already, and was interrupted by the signal handler "
+        "or finalizer that asks; wire outside of it",
+        errno=errno.EDEADLK,
+    )
 
 
 _books = _Books()
@@ -299,6 +337,25 @@ def wire(address: int, length: int, *, keep: object = None, for_writing: bool = 
     if for_writing:
         causes.check_writable(start, size, doing)
     return _books.add(_Claim(start, start + size, keep), doing)
+
+
+@contextlib.contextmanager
+def replacing(address: int, length: int) -> Iterator[bool]:
+    """Hold all wiring still while the memory under a range is replaced, and wire what was, anew.
+
+    Gives whether any claim covers a part of the range. The kernel's locks go with the memory.
+
+    Raises
+    ------
+    WiringError
+        On leaving: the new memory can not be locked. The claims stay in the books.
+    MemdescError
+        Called by a signal handler or finalizer that interrupted wiring in its thread (EDEADLK).
+    """
+    start, size = page_span(address, length)
+    doing = f"wire {size:,} bytes at {start:#x} once more"
+    with _books.replacing(start, start + size, doing) as claimed:
+        yield claimed
 
 
 def wired_bytes() -> int:

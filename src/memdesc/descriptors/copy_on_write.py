@@ -1,0 +1,211 @@
+"""Copy on write: a buffer's memory given to a snapshot, and new memory for the buffer.
+
+Detaching: a private mapping of the object takes the place of the owner's shared one, in one step
+(mremap), and the object is sealed. Nothing is copied; both sides see the same pages, and a page
+that the owner stores to becomes his own. Which those are the page table tells.
+
+Attaching: the owner's bytes are copied into a new object, whose shared mapping takes the place of
+the private one. Both happen under the views: the addresses stay.
+
+Everything is decided before anything is touched: replaced and put back, stores would be lost.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from enum import Enum
+
+from memdesc import _core
+from memdesc.errors import AllocationError, MemdescError, PageKindError, describe_errno
+from memdesc.memory.allocation import Allocation, Request, allocate
+from memdesc.memory.lease import held_by_others
+from memdesc.memory.lifecycle import State
+from memdesc.memory.memfd import OwnedObject
+from memdesc.memory.page_kinds import PageKind
+from memdesc.memory.recycler import Contents
+from memdesc.vm.changes import Run, changed_runs
+from memdesc.vm.forks import no_fork
+from memdesc.vm.pages import Access, page_size
+from memdesc.vm.physical import is_present, pagemap
+from memdesc.vm.task import Task
+from memdesc.wiring import replacing
+
+log = logging.getLogger("memdesc.descriptors")
+
+_PATIENCE = 1.0
+"""Seconds for which pinned pages, or a child between fork and exec, may hold up a seal."""
+
+
+class SnapshotReason(Enum):
+    """Why bytes were copied for a snapshot. `docs/snapshots.md` has a section for each."""
+
+    SHARED = "the memory was granted to another task, which would stop following the owner"
+    FORKED = "a fork child inherited the owner's mapping"
+    REGISTERED = "a device or io_uring has the pages registered"
+    EXPOSED = "the program took the memory's own file descriptor"
+    WIRED = "the memory is wired"
+    MAPPED = "something else has the memory open or mapped, or this user can not tell"
+    NOT_OWNED = "it is not a buffer of this task, or a part of one, or several"
+    PINNED = "input or output under way, or a mapping unknown to us, keeps the memory writable"
+    NO_MEMORY = "there is no memory, or no address space, to reserve for the owner's later stores"
+    CHANGED = "the source was stored to since an earlier snapshot that shares its memory"
+    SCATTERED = "so much was changed since then, or in so many places, that all was copied"
+
+
+def why_not_free(object_: OwnedObject, *, prepared: bool) -> SnapshotReason | None:
+    """Say what forbids to replace a buffer's memory behind its owner's view; None if nothing."""
+    life = object_.lifecycle
+    marks = {
+        SnapshotReason.SHARED: life.state is not State.PRIVATE,
+        SnapshotReason.FORKED: life.forked,
+        SnapshotReason.REGISTERED: life.registrations > 0,
+        SnapshotReason.EXPOSED: life.exposed,
+        SnapshotReason.WIRED: prepared,
+    }
+    for reason, holds in marks.items():
+        if holds:
+            return reason
+    try:
+        return SnapshotReason.MAPPED if held_by_others(object_.own_fd()) else None
+    except OSError:
+        return SnapshotReason.MAPPED
+
+
+def detach(
+    allocation: Allocation, attach: Callable[[], None], *, prepared: bool
+) -> SnapshotReason | None:
+    """Give a buffer's memory to a snapshot, or say why it can not be; the object is locked.
+
+    Afterwards `allocation.object.frozen` is the snapshot's object, not yet sealed.
+    """
+    object_, size = allocation.object, allocation.object.size
+    with no_fork(), replacing(allocation.address, size) as wired:
+        reason = why_not_free(object_, prepared=prepared or wired)
+        if reason is not None:
+            return reason
+        prot = _core.PROT_READ | _core.PROT_WRITE
+        try:
+            private = _core.map_memory(0, size, prot, _core.MAP_PRIVATE, object_.own_fd(), 0)
+        except OSError:
+            return SnapshotReason.NO_MEMORY
+        if _is_populated(private.address):
+            return SnapshotReason.WIRED
+        object_.split(attach)
+        try:
+            _core.move_memory(private, 0, size, allocation.memory, allocation.start)
+        except OSError:
+            object_.rejoin()
+            return SnapshotReason.NO_MEMORY
+    return None
+
+
+def _is_populated(address: int) -> bool:
+    """Whether a mapping has pages as soon as it is made: then all memory is locked (mlockall).
+
+    Those pages are copies from before the mapping took the other one's place.
+    """
+    with Task.current() as task:
+        return is_present(pagemap(task, address, page_size)[0])
+
+
+def freeze(object_: OwnedObject) -> bool:
+    """Seal an object whose owner's writable mapping is gone; False if others hold it writable."""
+    deadline = time.monotonic() + _PATIENCE
+    while not object_.immutable:
+        try:
+            object_.freeze()
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
+    return True
+
+
+def changes(allocation: Allocation, length: int, most: int) -> list[Run] | None:
+    """List what the owner changed of the first `length` bytes; None if in more than `most` runs."""
+    granule = allocation.object.page_size
+    runs = changed_runs(allocation.address, -(-length // granule) * granule, most)
+    if runs is None:
+        return None
+    return [(start, min(size, length - start)) for start, size in runs]
+
+
+def attach(allocation: Allocation) -> int:
+    """Move a detached buffer to new memory; give the bytes copied. The object is locked.
+
+    Stores by other threads wait meanwhile, where this kernel has a userfaultfd for this process;
+    elsewhere those may be lost that are made during the copying.
+
+    Raises
+    ------
+    AllocationError
+        Nothing was moved.
+    WiringError
+        It was moved, but what was wired of it could not be wired again.
+    """
+    object_, size = allocation.object, allocation.object.size
+    doing = f"moving buffer {object_.name!r} of {size:,} bytes away from its snapshots"
+    fresh = allocate_like(object_, size, object_.max_access, object_.name)
+    frozen = object_.frozen
+    try:
+        with replacing(allocation.address, size):
+            object_.doubt()
+            _exchange(fresh, allocation, size)
+            object_.adopt(fresh.give_object())
+            allocation.kind = fresh.kind
+    except MemdescError:
+        raise
+    except OSError as error:
+        object_.doubt(frozen)
+        fresh.close()
+        raise AllocationError(
+            f"{doing}: {describe_errno(error)}; nothing was moved, its views are as they were",
+            errno=error.errno,
+            requested=size,
+        ) from error
+    log.info("buffer.moved", extra={"buffer": object_.name, "bytes": size})
+    return size
+
+
+def _exchange(fresh: Allocation, old: Allocation, size: int) -> None:
+    try:
+        watch = _core.watch_stores(old.address, size)
+    except OSError:
+        watch = -1
+    where = (fresh.memory, fresh.start, size, old.memory, old.start, size)
+    try:
+        _core.exchange_memory(watch, *where)
+    except OSError:
+        if watch < 0:
+            raise
+        _core.exchange_memory(-1, *where)  # this kernel can not hold up stores to such memory
+
+
+def allocate_like(
+    object_: OwnedObject | None, size: int, max_access: Access, name: str
+) -> Allocation:
+    """New memory, kept warm or fresh, that can lie beside an object's, or in its place.
+
+    Its contents are undefined; what is behind `size` is zero, as all of it is seen by who is
+    given it.
+    """
+    pages = PageKind.AUTO if object_ is None else object_.pages
+    request = Request(size, pages, max_access, name=name, contents=Contents.UNDEFINED)
+    base = replace(request, pages=PageKind.BASE)
+    for attempt in (request, replace(request, recycle=False), base, replace(base, recycle=False)):
+        try:
+            made = allocate(attempt)
+        except PageKindError:
+            continue  # base pages do as well, only slower
+        fits = object_ is None or made.object.page_size <= object_.page_size
+        if fits and made.object.lifecycle.state is State.PRIVATE:
+            _core.zero_memory(made.memory, made.start + size, made.object.size - size)
+            return made
+        made.close()  # kept from a buffer that was granted, and so has its last seals
+    raise AssertionError  # fresh base pages always fit

@@ -1,0 +1,155 @@
+"""Bytes made immutable: by giving a buffer's memory away, by copying what changed, or all.
+
+The semantics are one: the bytes as they were. What is copied, and why, is told.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from memdesc import _core
+from memdesc.descriptors import copy_on_write
+from memdesc.descriptors.copy_on_write import SnapshotReason, allocate_like
+from memdesc.errors import SealedError
+from memdesc.mapping import Extent
+from memdesc.memory.allocation import Allocation
+from memdesc.memory.lifecycle import State
+from memdesc.memory.memfd import OwnedObject
+from memdesc.memory.populate import in_parallel
+from memdesc.vm.changes import Run
+from memdesc.vm.pages import Access, round_page
+
+_MOST_RUNS = 499
+"""Changed runs that a snapshot keeps apart: they make a thousand extents with those between."""
+_STEP = 4 << 20
+_MOST_WORKERS = 8
+_READ = Access.READ_ONLY
+
+Reader = Callable[[int, memoryview], None]
+"""Copies bytes from an offset into a buffer. Called by several threads at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """Immutable bytes: where they lie, how many were copied for that, and why."""
+
+    extents: tuple[Extent, ...]
+    copied_bytes: int = 0
+    reason: SnapshotReason | None = None
+
+
+def freeze_buffer(
+    allocation: Allocation,
+    length: int,
+    read: Reader,
+    attach: Callable[[], None],
+    *,
+    prepared: bool,
+) -> Frozen:
+    """Freeze the first `length` bytes of a buffer, copying as little as can be.
+
+    Parameters
+    ----------
+    allocation : Allocation
+        The buffer's; its object is locked meanwhile.
+    length : int
+        Bytes, 1 or more.
+    read : Reader
+        Of the owner's view.
+    attach : callable
+        Moves the buffer to new memory where it needs an object of its own again.
+    prepared : bool
+        Whether the buffer is wired.
+    """
+    object_ = allocation.object
+    with object_.lock:
+        reason, known = None, object_.lifecycle.state is State.DETACHED
+        if not known:
+            reason = copy_on_write.detach(allocation, attach, prepared=prepared)
+        if reason is None:
+            frozen = object_.frozen
+            if frozen is None:  # moving it away was interrupted: nothing is known of its pages
+                reason = SnapshotReason.CHANGED
+            elif not copy_on_write.freeze(frozen):
+                reason = SnapshotReason.PINNED
+            else:
+                whole = Extent(frozen, 0, length)
+                runs = copy_on_write.changes(allocation, length, _MOST_RUNS) if known else []
+                if runs is not None and 2 * sum(size for _, size in runs) <= length:
+                    return _with_changes(whole, runs, read)
+                reason = SnapshotReason.SCATTERED
+    return copied(read, length, reason, name=object_.name)
+
+
+def copied(read: Reader, length: int, reason: SnapshotReason, *, name: str) -> Frozen:
+    """Copy `length` bytes into new memory and freeze it."""
+    steps = [(at, at, min(_STEP, length - at)) for at in range(0, length, _STEP)]
+    object_ = _filled(read, steps, allocate_like(None, length, _READ, _file_name(name)))
+    return Frozen((Extent(_frozen(object_), 0, length),), length, reason)
+
+
+def _with_changes(whole: Extent, runs: Sequence[Run], read: Reader) -> Frozen:
+    """The frozen object, with copies of the changed runs in the place of those."""
+    frozen, length = whole.object, whole.length
+    assert isinstance(frozen, OwnedObject)
+    if not runs:
+        return Frozen((whole,))
+    steps, places, size = [], [], 0
+    for start, nbytes in runs:
+        place = round_page(size, frozen.page_size)  # all but the last are whole pages
+        places.append(place)
+        steps += [
+            (start + at, place + at, min(_STEP, nbytes - at)) for at in range(0, nbytes, _STEP)
+        ]
+        size = place + nbytes
+    copies = _frozen(_filled(read, steps, allocate_like(frozen, size, _READ, frozen.name)))
+    extents, at = [], 0
+    for (start, nbytes), place in zip(runs, places, strict=True):
+        if at < start:
+            extents.append(Extent(frozen, at, start - at))
+        extents.append(Extent(copies, place, nbytes))
+        at = start + nbytes
+    if at < length:
+        extents.append(Extent(frozen, at, length - at))
+    return Frozen(tuple(extents), sum(nbytes for _, nbytes in runs), SnapshotReason.CHANGED)
+
+
+def _filled(
+    read: Reader, steps: Sequence[tuple[int, int, int]], allocation: Allocation
+) -> OwnedObject:
+    """Copy into new memory, and unmap it: steps are (from, to, bytes)."""
+    object_ = allocation.give_object()
+    try:
+        # A fork child would hold a writable mapping for good, and forbid the seal.
+        _core.madvise(allocation.address, object_.size, _core.MADV_DONTFORK)
+        with memoryview(allocation.window(object_.size)) as into:
+
+            def work(index: int, _: int) -> None:
+                start, to, nbytes = steps[index]
+                with into[to : to + nbytes] as part:
+                    read(start, part)
+
+            workers = min(len(os.sched_getaffinity(0)), _MOST_WORKERS, len(steps))
+            in_parallel(work, len(steps), 1, workers)
+    except BaseException:
+        object_.close()
+        raise
+    return object_
+
+
+def _frozen(object_: OwnedObject) -> OwnedObject:
+    if not copy_on_write.freeze(object_):
+        raise SealedError(
+            f"the copy for a snapshot of {object_.name!r} can not be sealed: a child that was "
+            "started meanwhile has it mapped; take the snapshot again",
+            errno=errno.EBUSY,
+        )
+    return object_
+
+
+def _file_name(name: str) -> str:
+    """A descriptor's name as a memfd can carry it: that of several can be long."""
+    return os.fsdecode(os.fsencode(name.replace("\0", " "))[:249])

@@ -5,8 +5,8 @@ the kernel checks, and keeps no state. Addresses and lengths are bytes; a negati
 large integer is `OverflowError`.
 """
 
-from collections.abc import Callable
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Final, final
 
 from typing_extensions import Buffer
@@ -161,7 +161,8 @@ class ZoneElement:
 
 class ElementList:
     """Base of `Zone`: its fast half. What is slow or goes wrong is the subclass's `_alloc`,
-    `_free` and `_changed`."""
+    `_free` and `_changed`.
+    """
 
     def alloc(self, timeout: float | None = 0) -> ZoneElement: ...
     def free(self, element: ZoneElement) -> None: ...
@@ -177,14 +178,17 @@ class ElementList:
         """Once, before anything else. `most` slots in all; `chunks` is filled by `_add_chunk`."""
 
     def _take(self) -> ZoneElement | None: ...
-    def _add_chunk(self, base: int, slots: int, chunk: object) -> None:
-        """Add zero memory, which lives as long as `chunk`; fewer slots where that is too many."""
+    def _add_chunk(self, base: int, slots: int, chunk: object) -> int:
+        """Add zero memory, which lives as long as `chunk`; fewer slots where that is too many.
+
+        Gives how many: none where the zone has all that it may have.
+        """
 
     def _retire(self) -> list[int]:
         """Take all chunks without a used slot off the list; give the numbers of all retired."""
 
-    def _revive(self, number: int) -> None:
-        """Put a retired chunk, whose memory is zero again, back on the list."""
+    def _revive(self, number: int) -> bool:
+        """Put a retired chunk, whose memory is zero again, back on the list; tell if it was one."""
 
     def _ask(self) -> None:
         """From here on every allocation goes to `_alloc`."""

@@ -118,8 +118,9 @@ cdef class ZoneElement:
 
     def __repr__(self):
         state = {LIVING: "", LEAVING: ", freed when its last view goes", FREED: ", freed"}
-        return (f"<ZoneElement number {self.number} of {self.elements.owner()!r}: {len(self)} bytes "
-                f"at {self.address:#x}{state[self.state]}>")
+        owner = self.elements.owner()
+        return (f"<ZoneElement number {self.number} of {owner or 'a zone that is gone'}: "
+                f"{len(self)} bytes at {self.address:#x}{state[self.state]}>")
 
     def __getbuffer__(self, Py_buffer *view, int flags):
         if self.state != LIVING:
@@ -269,15 +270,19 @@ cdef class ElementList:
         return self.take()
 
     def _add_chunk(self, size_t base, size_t slots, chunk):
-        """Add zero memory, which lives as long as `chunk`; fewer slots where that is too many."""
+        """Add zero memory, which lives as long as `chunk`; fewer slots where that is too many.
+
+        Gives how many: none where the zone has all that it may have.
+        """
         cdef _Elements elements = self._elements
         slots = min(slots, elements.most - elements.zone.slot_count, UINT32_MAX)
         if slots == 0:
-            raise ValueError("_add_chunk: there is no room for a slot")
+            return 0
         elements.chunks.append(chunk)
         if md_zone_add(&elements.zone, <unsigned char *>base, <uint32_t>slots) < 0:
             elements.chunks.pop()
             raise MemoryError(f"no memory for the books of {slots} elements")
+        return slots
 
     def _retire(self):
         """Take all chunks without a used slot off the list; give the numbers of all retired."""
@@ -287,11 +292,10 @@ cdef class ElementList:
                 if self._elements.zone.chunks[number].retired]
 
     def _revive(self, uint32_t number):
-        """Put a retired chunk, whose memory is zero again, back on the list."""
+        """Put a retired chunk, whose memory is zero again, back on the list; tell if it was one."""
         if number >= self._elements.zone.chunk_count:
             raise IndexError("_revive: no such chunk")
-        if md_zone_revive(&self._elements.zone, number) < 0:
-            raise ValueError("_revive: this chunk is not retired")
+        return md_zone_revive(&self._elements.zone, number) == 0
 
     def _ask(self):
         """From here on every allocation goes to `_alloc`."""

@@ -2,7 +2,8 @@
 
 The list of elements is compiled (`_core.ElementList`, under the interpreter's lock); here is where
 it grows and shrinks. Lock order: a zone's lock, then the zone map's. No zone takes another
-one's lock but by trying, and no callback runs under any.
+one's lock but by trying, and no callback runs under any. A zone's lock is reentrant: a signal
+handler or finalizer may grow the zone that its own thread is just growing.
 """
 
 from __future__ import annotations
@@ -57,33 +58,33 @@ class ChunkList(_core.ElementList):
     def _refill(self) -> bool:
         """Get the pages of a chunk back."""
         while self._idle:
-            number = self._idle[-1]
-            refilled = not self._chunks[number].held
-            if refilled:
+            number = self._idle.pop()
+            try:
                 self._chunks[number].hold()
-                self._revive(number)
-            self._idle.pop()
-            if refilled:
+                revived = self._revive(number)
+            except BaseException:
+                self._idle.append(number)
+                raise
+            if revived:
                 self._note_peak()
                 return True
         return False
 
     def _extend(self) -> bool:
-        """Add a chunk."""
-        left = self._layout.max_elements - self._counts()[7]
-        if left == 0:
+        """Add a chunk; False where there are as many elements as there may be."""
+        if self._counts()[7] == self._layout.max_elements:
             return False
         chunk = ZoneChunk(self._layout.chunk_length)
         try:
             chunk.hold()
             if self.wired:
                 chunk.claim = wire(chunk.address, chunk.length)
-            self._add_chunk(chunk.address, min(left, self._layout.chunk_elements), chunk)
+            added = self._add_chunk(chunk.address, self._layout.chunk_elements, chunk)
         except BaseException:
             chunk.let_go()  # now: the traceback holds on to it
             raise
         self._note_peak()
-        return True
+        return added > 0 or self._counts()[6] > 0  # none if a signal handler came before us
 
     def _note_peak(self) -> None:
         self._peak_size = max(self._peak_size, self._held())
@@ -119,13 +120,11 @@ class ChunkList(_core.ElementList):
         given_back, idle = 0, []
         for number in reversed(self._retire()):
             chunk = self._chunks[number]
-            if chunk.held:
-                try:
-                    chunk.let_go()
-                except OSError:  # locked by the program itself (mlockall): it stays in use
-                    self._revive(number)
-                    continue
-                given_back += chunk.length
+            held = chunk.held
+            if not chunk.let_go():
+                self._revive(number)
+                continue
+            given_back += chunk.length if held else 0
             idle.append(number)
         self._idle = idle
         self._collected += given_back

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import math
+import os
 import sys
 import threading
 import time
@@ -39,6 +40,9 @@ _ASK_AGAIN = 0.05
 """Seconds after which a waiting allocation tries to grow again: nobody tells of free memory."""
 _ROWS = 10
 """Rows of the table that an exception's text shows; `holders` has them all."""
+
+_PASSED_OVER = {"contextlib", "memdesc.alloc.zone", "memdesc.alloc.iomalloc"}
+"""Modules that allocate for others: not the place that a tracking zone notes."""
 
 
 @final
@@ -193,21 +197,24 @@ class Zone(ChunkList):
         """Go on where no element was free at once, or where each one has to be asked for."""
         until = _deadline(timeout)
         element, shortage = self._obtain()
-        if element is None and until > 0:
-            with self._lock:
-                self._waits += 1
-            element, shortage = self._wait(until)
-        if element is None:
-            with self._lock:
-                self._failures += 1
-            raise self._exhausted(timeout, shortage) from shortage
+        try:
+            if element is None and until > 0:
+                with self._lock:
+                    self._waits += 1
+                element, shortage = self._wait(until)
+            if element is None:
+                with self._lock:
+                    self._failures += 1
+                raise self._exhausted(timeout, shortage) from shortage
+        finally:
+            del shortage  # its traceback leads to this frame and the caller's: no cycle of them
         if self._sites is not None:
             self._sites[element.number] = _call_site()
         return element
 
     def _obtain(self) -> tuple[_core.ZoneElement | None, AllocationError | None]:
         """Take an element, growing if need be; else None, and what growing failed of, if it did."""
-        shortage = None
+        collected = False
         while True:
             self._check_usable()
             element = self._take()
@@ -217,9 +224,10 @@ class Zone(ChunkList):
                 if not self._grow():
                     return None, None
             except AllocationError as error:
-                if shortage is not None or not collect_zones():
+                # Not kept in a variable: its traceback holds this frame, and so the element.
+                if collected or not collect_zones():
                     return None, error
-                shortage = error
+                collected = True
             else:
                 zone_map.warn_if_due()
 
@@ -244,6 +252,7 @@ class Zone(ChunkList):
                 longest = threading.TIMEOUT_MAX if shortage is None else _ASK_AGAIN
                 woken = waiter.acquire(timeout=min(left, longest))
         finally:
+            shortage = None  # what is returned was taken before this
             try:
                 self._waiters.remove(waiter)
             except ValueError:
@@ -312,9 +321,11 @@ class Zone(ChunkList):
         """Give no more elements; waiting allocations raise `ClosedError`. Again is a no-op.
 
         Elements that are alive stay valid and may still be freed, or dropped. Empty chunks go
-        back to the kernel now, the others when the zone and its elements are gone.
+        back to the kernel now, the others when the zone and its elements are gone. In a fork
+        child of its process it does nothing.
         """
-        self._check_own()
+        if self._pid != os.getpid():
+            return
         with self._lock:
             self._closed = True
             self._ask()
@@ -410,7 +421,7 @@ class Zone(ChunkList):
         ]
         return ZoneExhausted(
             text + "".join(rows),
-            errno=errno.ETIMEDOUT if timeout else errno.ENOMEM,
+            errno=_number(timeout, shortage),
             requested=layout.element_size,
             available=0 if shortage is None else shortage.available,
             zone=self.name,
@@ -432,10 +443,16 @@ def _deadline(timeout: float | None) -> float:
     return time.monotonic() + timeout if timeout else 0.0
 
 
+def _number(timeout: float | None, shortage: AllocationError | None) -> int:
+    if timeout:
+        return errno.ETIMEDOUT
+    return errno.ENOMEM if shortage is None or shortage.errno is None else shortage.errno
+
+
 def _call_site() -> str:
     """Where, outside of this package, the allocation was asked for."""
     frame = sys._getframe(2)
-    while frame.f_back is not None and frame.f_globals.get("__package__") == __package__:
+    while frame.f_back is not None and frame.f_globals.get("__name__") in _PASSED_OVER:
         frame = frame.f_back
     code = frame.f_code
     return f"{code.co_filename}:{frame.f_lineno} in {code.co_qualname}"

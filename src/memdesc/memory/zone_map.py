@@ -23,8 +23,8 @@ import os
 import sys
 from bisect import insort
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from memdesc import _core
@@ -77,7 +77,8 @@ class _Map:
     """The map of one process.
 
     What dead chunks give back waits in a queue for the next caller: a finalizer must not wait for
-    a lock, which its own thread may hold further down.
+    a lock, which its own thread may hold further down. A signal handler that wants memory while
+    its own thread is in the middle of a change here is refused.
     """
 
     def __init__(self, settings: _Settings) -> None:
@@ -93,11 +94,27 @@ class _Map:
         self._free: list[tuple[int, int]] = []  # addresses that were given back: start, end
         self._next = self.memory.address  # from here on none was ever given out
         self._lock = lock_for(self)
+        self._busy = False
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        with self._lock:
+            if self._busy:
+                raise AllocationError(
+                    "a zone can not grow in a signal handler or finalizer that interrupted its own "
+                    "thread in the middle of growing one: allocate outside of it",
+                    errno=errno.EDEADLK,
+                )
+            self._busy = True
+            try:
+                self._settle()
+                yield
+            finally:
+                self._busy = False
 
     def take(self, length: int) -> int:
         """Give addresses that belong to no zone, readable and writable."""
-        with self._lock:
-            self._settle()
+        with self._changing():
             address = self._find(length)
             try:
                 _core.mprotect(address, length, _core.PROT_READ | _core.PROT_WRITE)
@@ -136,8 +153,7 @@ class _Map:
 
     def charge(self, length: int) -> None:
         """Count bytes that a zone is about to hold, or raise if there is no room for them."""
-        with self._lock:
-            self._settle()
+        with self._changing():
             if self.used + length > self.size:
                 raise AllocationError(
                     f"the zone map is full: {self.used:,} of {self.size:,} bytes are in use, "
@@ -176,7 +192,8 @@ class _Map:
 
     def statistics(self) -> ZoneMapStatistics:
         with self._lock:
-            self._settle()
+            if not self._busy:
+                self._settle()
             free = sum(end - start for start, end in self._free) + self.end - self._next
             return ZoneMapStatistics(
                 size=self.size,
@@ -269,13 +286,15 @@ class ZoneChunk:
         self.length = length
 
     def hold(self) -> None:
-        """Get its pages, all zero.
+        """Get its pages, all zero; again is a no-op.
 
         Raises
         ------
         AllocationError
             The zone map is full, or the machine has no memory; nothing changed.
         """
+        if self.held:
+            return
         self._map.charge(self.length)
         self.held = True
         try:
@@ -284,13 +303,20 @@ class ZoneChunk:
             self.let_go()
             raise _unavailable(error, self.length) from error
 
-    def let_go(self) -> None:
-        """Give its pages to the kernel; the addresses stay, and read as zero."""
+    def let_go(self) -> bool:
+        """Give its pages to the kernel; the addresses stay, and read as zero.
+
+        False, and nothing changed, where the program has locked them itself (mlockall).
+        """
         self.claim = None
         if self.held:
-            _core.madvise(self.address, self.length, mmap.MADV_DONTNEED)
+            try:
+                _core.madvise(self.address, self.length, mmap.MADV_DONTNEED)
+            except OSError:
+                return False
             self.held = False
             self._map.returned.append((self.address, 0, self.length))
+        return True
 
     def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
         # In a fork child the pages are a copy, and the map that they would go back to is no

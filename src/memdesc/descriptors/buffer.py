@@ -5,14 +5,14 @@ from __future__ import annotations
 import errno
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Protocol, final
 
 from memdesc import _core
 from memdesc.copyio import bytes_of
 from memdesc.descriptors import copy_on_write
 from memdesc.descriptors.base import MemoryDescriptor, _nothing
 from memdesc.descriptors.freezing import Frozen, freeze_buffer
-from memdesc.errors import InvalidArgument, PageKindError, RangeError
+from memdesc.errors import InvalidArgument, PageKindError, RangeError, SealedError
 from memdesc.mapping import Extent
 from memdesc.memory.allocation import Allocation, Request, allocate
 from memdesc.memory.lifecycle import State
@@ -32,6 +32,13 @@ from memdesc.wiring import wire
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer  # collections.abc has it from 3.12 on
+
+
+class LengthWatcher(Protocol):
+    """What wants to know when a buffer's length changes."""
+
+    def length_changed(self) -> None:
+        """Note it; never wait."""
 
 
 @final
@@ -66,14 +73,20 @@ class BufferMemoryDescriptor(MemoryDescriptor):
     recycle : bool
         Whether it may be made of the memory of an earlier buffer, and be kept for a later one
         (see `docs/recycling.md`).
+    reserve : int, optional
+        Bytes of addresses to keep for `grow`; by default the capacity. No memory is taken for
+        what is past the capacity, except of HUGE pages, which the pool promises at once. Such a
+        buffer is not recycled, and AUTO takes no HUGE pages for it.
     name : str
         Shows in every task's maps file as ``/memfd:name``.
 
     Attributes
     ----------
     capacity : int
-        Fixed. `length`, what the descriptor describes, is at first the capacity; `set_length`
-        moves it.
+        Only `grow` changes it. `length`, what the descriptor describes, is at first the capacity;
+        `set_length` moves it.
+    reserve : int
+        What the capacity can grow to.
     pages : PageKind
         As asked for.
     moves, moved_bytes : int
@@ -117,6 +130,7 @@ class BufferMemoryDescriptor(MemoryDescriptor):
         pages: PageKind = PageKind.AUTO,
         contents: Contents = Contents.ZEROED,
         recycle: bool = True,
+        reserve: int | None = None,
         name: str = "memdesc",
     ) -> None:
         super().__init__(direction, check_name(name))
@@ -124,6 +138,11 @@ class BufferMemoryDescriptor(MemoryDescriptor):
         self._fixed: MadeOf | None = None
         self.moves = self.moved_bytes = 0
         self.capacity = self._length = check_length(capacity, "capacity")
+        self.reserve = self.capacity
+        if reserve is not None:
+            self.reserve = max(check_length(reserve, "reserve"), self.capacity)
+        self._watchers: weakref.WeakSet[LengthWatcher] | None = None
+        self._lazy = lazy
         alignment = _check_alignment(alignment)
         max_access = Access(max_access)
         self.pages = _check_pages(pages, max_access)
@@ -137,6 +156,7 @@ class BufferMemoryDescriptor(MemoryDescriptor):
                 name=name,
                 contents=Contents(contents),
                 recycle=recycle,
+                reserve=0 if reserve is None else self.reserve,
             )
         )
         self._allocation = allocation
@@ -204,7 +224,7 @@ class BufferMemoryDescriptor(MemoryDescriptor):
         if not 0 <= length <= self.capacity:
             raise RangeError(
                 f"length {length:,} is outside 0 to the capacity {self.capacity:,} of "
-                f"{self.name!r}: make a larger buffer",
+                f"{self.name!r}: make a larger buffer, or grow() it first",
                 errno=errno.EINVAL,
             )
         with self._lock:
@@ -212,6 +232,91 @@ class BufferMemoryDescriptor(MemoryDescriptor):
             assert self._allocation is not None
             self._window = self._allocation.window(length)
             self._length = length
+            for watcher in self._watchers or ():
+                watcher.length_changed()
+
+    def grow(self, capacity: int) -> None:
+        """Have more capacity, in place: addresses, views and mappings stay as they are.
+
+        The length follows where it was the capacity; one that was set stays. What was prepared is
+        prepared all over.
+
+        Parameters
+        ----------
+        capacity : int
+            Bytes, from the present capacity up to `reserve`.
+
+        Raises
+        ------
+        RangeError
+            Past the reserve, or less than there is (EINVAL).
+        AllocationError, WiringError
+            The capacity is what it was. Pages that came already go back; after a read-only grant
+            the seals keep them until the next growth.
+        SealedError
+            The memory is a snapshot's (EPERM).
+
+        Notes
+        -----
+        Clients of a `Service` are told (`Connection.wait_length`). I/O Kit: none;
+        IOBufferMemoryDescriptor has its capacity for ever.
+
+        Linux: fallocate and MADV_POPULATE_WRITE inside a file that is as large as the reserve and
+        sealed against growing. Of HUGE pages the pool has promised all of the reserve from the
+        start.
+        """
+        capacity = check_integer(capacity, "capacity")
+        with self._lock:
+            self._check_open()
+            old = self.capacity
+            if not old <= capacity <= self.reserve:
+                raise RangeError(
+                    f"buffer {self.name!r} of {old:,} bytes can grow up to its reserve of "
+                    f"{self.reserve:,}, not to {capacity:,}: make it with reserve={capacity}",
+                    errno=errno.EINVAL,
+                )
+            self._check_may_grow()
+            self._take_pages(old, capacity)
+            self.capacity = max(capacity, self.capacity)  # a signal handler may have grown it more
+            self._fixed = None
+            if self._length == old:
+                self.set_length(self.capacity)
+
+    def _check_may_grow(self) -> None:
+        life = self.memory.lifecycle
+        if not life.row.may_grow:
+            raise SealedError(
+                f"buffer {self.name!r} is {life.state.value}: its memory is a snapshot's, and "
+                "stays as it is; make a new buffer",
+                errno=errno.EPERM,
+            )
+
+    def _take_pages(self, old: int, new: int) -> None:
+        """Fault in what lies between two capacities, and wire it if the rest is; all or nothing."""
+        assert self._allocation is not None
+        if not self._lazy:
+            self._allocation.grow(old, new, self.name)
+        object_ = self._allocation.object
+        start, end = (round_page(size, object_.page_size) for size in (old, new))
+        if not self._prepared or object_.pages is PageKind.HUGE or start == end:
+            return
+        memory = self._window.memory
+        try:
+            more = wire(self._allocation.address + start, end - start, keep=memory).release
+        except BaseException:
+            object_.give_back(start, end - start)
+            raise
+        self._undo_wiring = _both(self._undo_wiring, more)
+
+    def watch_length(self, watcher: LengthWatcher) -> None:
+        """Have `watcher.length_changed()` called at each change, as long as the watcher lives.
+
+        In the thread that makes the change, which holds the buffer's lock: it must not wait.
+        """
+        with self._lock:
+            if self._watchers is None:
+                self._watchers = weakref.WeakSet()
+            self._watchers.add(watcher)
 
     def append_bytes(self, data: Buffer) -> None:
         """Add bytes after the current length, and lengthen.
@@ -289,6 +394,14 @@ def _attaching(this: weakref.ref[BufferMemoryDescriptor]) -> Callable[[], None]:
             buffer._attach()
 
     return attach
+
+
+def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
+    def undo() -> None:
+        first()
+        second()
+
+    return undo
 
 
 def _check_pages(pages: PageKind, max_access: Access) -> PageKind:

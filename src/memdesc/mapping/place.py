@@ -15,6 +15,8 @@ from pathlib import Path
 from memdesc import _core
 from memdesc.errors import InvalidArgument, MappingError, MappingReason, describe_errno
 from memdesc.memory.memfd import MemoryObject
+from memdesc.memory.page_kinds import transparent_page_size
+from memdesc.memory.placing import map_aligned
 from memdesc.vm.pages import MAX_LENGTH, Access, check_integer, page_size, round_page, trunc_page
 
 _LOWEST = Path("/proc/sys/vm/mmap_min_addr")
@@ -114,7 +116,7 @@ def map_extents(
         guard = placement.guard_pages * page_size
         alignment = max(granule, placement.alignment)
         if len(pieces) == 1 and not guard and alignment <= granule:
-            memory, start = _map_one(pieces[0], access, prot, placement), 0
+            memory, start = _map_one(pieces[0], access, prot, placement)
         else:
             memory, start = _map_several(pieces, access, prot, placement, guard, alignment)
         if placement.prefault:
@@ -165,13 +167,16 @@ def _not_congruent(index: int, what: str, size: int) -> MappingError:
 
 def _map_one(
     piece: tuple[MemoryObject, int, int], access: Access, prot: int, placement: Placement
-) -> _core.MappedMemory:
+) -> tuple[_core.MappedMemory, int]:
     object_, offset, length = piece
-    flags = _core.MAP_SHARED
-    if placement.at_address is not None:
-        flags |= _core.MAP_FIXED_NOREPLACE
     with _opened(object_, access) as fd:
-        return _core.map_memory(placement.at_address or 0, length, prot, flags, fd, offset)
+        if placement.at_address is not None:
+            flags = _core.MAP_SHARED | _core.MAP_FIXED_NOREPLACE
+            return _core.map_memory(placement.at_address, length, prot, flags, fd, offset), 0
+        huge = transparent_page_size()
+        if object_.page_size == page_size and 0 < huge <= length:  # huge pages map whole, or not
+            return map_aligned(length, prot, fd, offset, huge, phase=offset % huge)
+        return _core.map_memory(0, length, prot, _core.MAP_SHARED, fd, offset), 0
 
 
 def _map_several(

@@ -37,6 +37,7 @@ class Request:
     name: str = "memdesc"
     contents: Contents = Contents.ZEROED
     recycle: bool = True
+    reserve: int = 0
 
 
 class Allocation:
@@ -84,6 +85,35 @@ class Allocation:
         self.object.let_go()
         return self.object
 
+    def grow(self, old: int, new: int, name: str) -> None:
+        """Fault in the pages between two capacities, in the way of the object's page kind.
+
+        Raises
+        ------
+        AllocationError
+            What came was given back, unless the seals keep it: then it waits for the next growth.
+        """
+        start = round_page(old, self.object.page_size)
+        length = round_page(new, self.object.page_size) - start
+        if not length:
+            return
+        doing = f"growing buffer {name!r} by {length:,} bytes"
+        if self.object.pages is not PageKind.HUGE:  # those were promised to the mapping
+            check_available(length, doing)
+        try:
+            _populate(self.object, start, self.address + start, length, doing)
+        except MemdescError:
+            self.object.give_back(start, length)
+            raise
+        except OSError as error:
+            self.object.give_back(start, length)
+            raise AllocationError(
+                f"{doing}: {describe_errno(error)}", errno=error.errno, requested=length
+            ) from error
+        except BaseException:
+            self.object.give_back(start, length)
+            raise
+
     def close(self) -> None:
         """Let go of the object, to the recycler or for good. The view goes with its last window."""
         kind, self.kind = self.kind, None
@@ -110,7 +140,7 @@ def allocate(request: Request) -> Allocation:
         With `requested` and `available`; nothing stays allocated.
     """
     kind = None
-    if request.recycle and not request.lazy:
+    if request.recycle and not request.lazy and not request.reserve:
         kind = Kind(request.pages, request.max_access, request.name)
         kept = take(Want(kind, request.capacity, request.alignment, request.contents))
         if kept is not None:
@@ -140,6 +170,7 @@ def _suits_huge_pages(request: Request) -> bool:
     return (
         request.pages is PageKind.AUTO
         and not request.lazy
+        and not request.reserve
         and not request.max_access.writable
         and 0 < size <= request.capacity <= MAX_LENGTH - size
         and -request.capacity % size <= request.capacity // _WASTE
@@ -147,15 +178,18 @@ def _suits_huge_pages(request: Request) -> bool:
 
 
 def _allocate(request: Request) -> Allocation:
-    size = round_page(request.capacity, request.pages.page_size)
-    doing = f"allocating buffer {request.name!r} of {size:,} bytes"
+    size = round_page(max(request.capacity, request.reserve), request.pages.page_size)
+    populated = round_page(request.capacity, request.pages.page_size)
+    doing = f"allocating buffer {request.name!r} of {populated:,} bytes"
     object_ = OwnedObject(request.name, size, pages=request.pages, max_access=request.max_access)
     try:
-        if not request.lazy or request.pages is PageKind.HUGE:  # a mapping takes those at once
+        if request.pages is PageKind.HUGE:  # a mapping is promised all of them at once
             check_available(size, doing, request.pages)
+        elif not request.lazy:
+            check_available(populated, doing)
         memory, start = _map_owner(object_, _alignment(request, size))
         if not request.lazy:
-            _populate(object_, memory.address + start, size, doing)
+            _populate(object_, 0, memory.address + start, populated, doing)
         elif request.pages in (PageKind.AUTO, PageKind.TRANSPARENT_HUGE):
             leave_to_faults(memory.address + start, size, doing, request.pages)
     except MemdescError:
@@ -192,13 +226,13 @@ def _map_owner(object_: OwnedObject, alignment: int) -> tuple[_core.MappedMemory
     return map_aligned(object_.size, prot, fd, 0, alignment)
 
 
-def _populate(object_: OwnedObject, address: int, length: int, doing: str) -> None:
+def _populate(object_: OwnedObject, offset: int, address: int, length: int, doing: str) -> None:
     """Fault in the pages of a range in the way of the object's page kind."""
     if object_.pages is PageKind.HUGE:
         populate_huge(address, length)
     elif object_.pages is PageKind.TRANSPARENT_HUGE:
-        populate_transparent(object_, 0, address, length, doing)
+        populate_transparent(object_, offset, address, length, doing)
     elif object_.pages is PageKind.AUTO:
-        populate_auto(object_, 0, address, length, doing)
+        populate_auto(object_, offset, address, length, doing)
     else:
-        populate(object_, 0, address, length, doing)
+        populate(object_, offset, address, length, doing)

@@ -9,6 +9,7 @@ descriptor again. None of it needs a privilege; MFD_HUGETLB needs pages in the p
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import functools
@@ -30,6 +31,9 @@ from memdesc.memory.lifecycle import TABLE, Lifecycle, State
 from memdesc.memory.page_kinds import PageKind
 from memdesc.vm.forks import lock_for
 from memdesc.vm.pages import Access
+
+_PUNCH_HOLE = 3
+"""FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE (linux/falloc.h)."""
 
 
 class MemoryObject(Protocol):
@@ -183,6 +187,11 @@ class OwnedObject:
         """Take the pages of a range now (fallocate), or raise OSError."""
         with self._lock:
             _core.fallocate(self.own_fd(), 0, offset, length)
+
+    def give_back(self, offset: int, length: int) -> None:
+        """Let the pages of a range go; after a read-only grant the seals keep them."""
+        with self._lock, contextlib.suppress(OSError):
+            _core.fallocate(self.own_fd(), _PUNCH_HOLE, offset, length)
 
     def seals(self) -> int:
         """Read the seals that the kernel holds now (F_SEAL_* bits)."""

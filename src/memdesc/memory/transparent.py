@@ -101,6 +101,18 @@ def _faults_may_be_huge() -> bool:
     return False
 
 
+def _complete_page(offset: int, address: int, length: int) -> None:
+    """Make the huge page that begins before a range and ends in it, where that can be.
+
+    It can not where the part before is wired: then the two parts are two regions.
+    """
+    size = transparent_page_size()
+    earlier = address % (size or 1)
+    if 0 < earlier <= offset and size <= earlier + length:
+        with contextlib.suppress(OSError):
+            _core.madvise(address - earlier, size, _core.MADV_COLLAPSE)
+
+
 def _make_page(address: int) -> None:
     _core.madvise(address, page_size, _core.MADV_POPULATE_WRITE)
     _core.madvise(address, transparent_page_size(), _core.MADV_COLLAPSE)
@@ -113,6 +125,8 @@ def populate_auto(object_: Reserving, offset: int, address: int, length: int, do
     """
     start, whole = whole_huge_pages(address, length)
     done = 0
+    if _books.may_try():
+        _complete_page(offset, address, length)
     if whole:
         advise(start, whole, _core.MADV_HUGEPAGE)
         done, slow = _make_while_cheap(start, whole, doing)
@@ -168,26 +182,29 @@ def populate_transparent(
     """
     start, whole = whole_huge_pages(address, length)
     advise(start, whole, _core.MADV_HUGEPAGE)
-    refusal = None
-    for at in range(start, start + whole, transparent_page_size() or 1):
-        if at > start and (at - start) % _ROUND == 0:
-            check_available(min(_ROUND, start + whole - at), doing)
+    _complete_page(offset, address, length)
+    refusal, made = None, 0
+    while made < whole and refusal is None:
+        if made and made % _ROUND == 0:
+            check_available(min(_ROUND, whole - made), doing)
         try:
-            _make_page_patiently(at)
+            _make_page_patiently(start + made)
+            made += transparent_page_size()
         except OSError as error:  # maybe an older kernel, whose faults can make them
             refusal = error
-            break
+    before = look(address, length).huge_bytes if refusal else 0
     populate(object_, offset, address, length, doing)
-    found = look(start, whole).huge_bytes if whole else 0
-    if found < whole:
-        why = describe_errno(refusal) if refusal else "the kernel has split some already"
+    if refusal is None:
+        return
+    made += look(address, length).huge_bytes - before
+    if made < whole:
         raise PageKindError(
-            f"{doing}: {found:,} of {whole:,} bytes came in transparent huge pages ({why}): "
-            "free memory or have the kernel compact it (vm.compact_memory), set "
-            f"{_SHMEM_ENABLED} to advise, or say pages=AUTO",
-            errno=refusal.errno if refusal else errno.ENOMEM,
+            f"{doing}: {made:,} of {whole:,} bytes came in transparent huge pages "
+            f"({describe_errno(refusal)}): free memory or have the kernel compact it "
+            f"(vm.compact_memory), set {_SHMEM_ENABLED} to advise, or say pages=AUTO",
+            errno=refusal.errno,
             requested=whole,
-            available=found,
+            available=made,
         ) from refusal
 
 

@@ -41,6 +41,7 @@ class Snapshot(Enum):
     """What a snapshot costs."""
 
     FREE = "no byte is copied"
+    CHANGES = "what changed is copied"
     COPY = "the bytes are copied"
     ITSELF = "the memory is its own snapshot"
 
@@ -84,7 +85,7 @@ TABLE: dict[State, Row] = {
         Recycling.NOBODY,
     ),
     State.DETACHED: Row(
-        _LAST | _core.F_SEAL_WRITE, True, None, Snapshot.COPY, False, Recycling.NOBODY
+        _LAST | _core.F_SEAL_WRITE, True, None, Snapshot.CHANGES, False, Recycling.NOBODY
     ),
 }
 

@@ -8,7 +8,7 @@ import os
 import socket as sockets
 import threading
 import time
-from typing import Any, Self, final
+from typing import Any, Self, TypeVar, final
 
 from memdesc.descriptors.received import ReceivedMemoryDescriptor
 from memdesc.errors import (
@@ -30,6 +30,7 @@ from memdesc.services.peer import Peer
 from memdesc.vm.pages import Access
 from memdesc.vm.task import Task
 
+_T = TypeVar("_T")
 _MOST_SHARES = 1 << 16
 """Entries of a list that are read: a service could go on until this process has no memory left."""
 
@@ -57,6 +58,8 @@ class Connection(Peer):
         self.name = name
         self._welcomed = threading.Event()
         self._refused: protocol.Failed | None = None
+        self._lengths: dict[str, int] = {}  # of what is watched, as last told
+        self._watched: set[str] = set()
 
     def shares(self, timeout: float | None = 5.0) -> list[protocol.Share]:
         """List what the service shares with this client."""
@@ -85,6 +88,60 @@ class Connection(Peer):
         TimedOutError, PeerGoneError, ClosedError
         """
         return self._open(name, timeout)[0]
+
+    def wait_length(self, name: str, known: int, timeout: float | None = None) -> int:
+        """Wait until what is shared under a name has another length than `known`; give that.
+
+        The service's buffer was lengthened, grown or shortened (`BufferMemoryDescriptor.grow`,
+        `set_length`), or another descriptor is shared under the name. Descriptors and mappings that
+        are here already stay as they are; `map` again gives the new length.
+
+        Parameters
+        ----------
+        name : str
+            As the service shares it.
+        known : int
+            Bytes: the length of the mapping, say, that this program has.
+        timeout : float, optional
+            Seconds; None waits for ever.
+
+        Returns
+        -------
+        int
+            The latest length that the service has told, in bytes. Those in between are not told.
+
+        Raises
+        ------
+        TimedOutError, ShareNotFoundError, PeerGoneError, ClosedError
+        """
+        until = None if timeout is None else time.monotonic() + timeout
+        if name not in self._lengths:
+            self._watch_length(name, timeout)
+        with self._arrived:
+            while (nbytes := self._lengths.get(name, known)) == known:
+                if self._gone is not None:
+                    raise self._gone_again()
+                left = None if until is None else until - time.monotonic()
+                if left is not None and left <= 0:
+                    raise TimedOutError(
+                        f"{name!r} of service {self.name!r} still had {known:,} bytes after "
+                        f"{timeout} s",
+                        errno=errno.ETIMEDOUT,
+                    )
+                self._arrived.wait(left)
+            return nbytes
+
+    def _watch_length(self, name: str, timeout: float | None) -> None:
+        """Have the service tell of the length of a share, as long as the connection lasts."""
+        protocol.check_name(name)
+        self._watched.add(name)
+        self._ask_about(protocol.WatchLength, name, protocol.Length, timeout)
+
+    def _heard(self, name: str, nbytes: int) -> None:
+        """Note the length of what is watched, in the order in which the service told of it."""
+        with self._arrived:
+            self._lengths[name] = nbytes
+            self._arrived.notify_all()
 
     def map(
         self,
@@ -135,7 +192,7 @@ class Connection(Peer):
     def _open(
         self, name: str, timeout: float | None
     ) -> tuple[ReceivedMemoryDescriptor, protocol.Share]:
-        answer, fds = self._ask_for(name, timeout)
+        answer, fds = self._ask_about(protocol.OpenShare, name, protocol.Opened, timeout)
         descriptor = unpack(answer.portable, fds)
         share = answer.share
         if (share.nbytes, share.writable) != (descriptor.length, descriptor.max_access.writable):
@@ -148,7 +205,13 @@ class Connection(Peer):
         descriptor.name = name
         return descriptor, share
 
-    def _ask_for(self, name: str, timeout: float | None) -> tuple[protocol.Opened, list[int]]:
+    def _ask_about(
+        self,
+        question: type[protocol.OpenShare | protocol.WatchLength],
+        name: str,
+        kind: type[_T],
+        timeout: float | None,
+    ) -> tuple[_T, list[int]]:
         """Ask until it is shared: a service exists a moment before it shares what it is for."""
         protocol.check_name(name)
         until = None if timeout is None else time.monotonic() + timeout
@@ -156,8 +219,7 @@ class Connection(Peer):
         while True:
             left = None if until is None else max(until - time.monotonic(), 0.05)
             try:
-                question = protocol.OpenShare(self.next_id(), name)
-                return self.request(question, protocol.Opened, timeout=left)
+                return self.request(question(self.next_id(), name), kind, timeout=left)
             except ShareNotFoundError:
                 if until is not None and time.monotonic() + pause > until:
                     raise
@@ -169,6 +231,8 @@ class Connection(Peer):
             if message.version != protocol.VERSION:
                 raise ProtocolError(f"the service speaks version {message.version}")
             self._welcomed.set()
+        elif isinstance(message, protocol.LengthChanged) and message.name in self._watched:
+            self._heard(message.name, message.nbytes)
         else:
             super()._handle(message, fds, lost)
 
@@ -177,6 +241,10 @@ class Connection(Peer):
             self._refused = answer
             self._welcomed.set()
             return
+        if isinstance(answer, protocol.Length) and answer.name in self._watched:
+            self._heard(answer.name, answer.nbytes)
+        elif isinstance(answer, protocol.Opened) and answer.share.name in self._lengths:
+            self._heard(answer.share.name, answer.share.nbytes)  # newer than what was told before
         super()._answered(answer, fds, lost)
 
     def _ended(self, why: MemdescError) -> None:

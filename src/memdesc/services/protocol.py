@@ -14,7 +14,7 @@ import msgspec
 from memdesc.errors import InvalidArgument
 from memdesc.portable import Natural, Piece, Portable
 
-VERSION = 1
+VERSION = 2
 MAX_MESSAGE = 128 * 1024
 """Bytes of a packet at most; below the socket buffer's default (net.core.wmem_default)."""
 MAX_COPY = 64 * 1024
@@ -77,6 +77,28 @@ class Opened(msgspec.Struct, frozen=True, tag=True):
     id: Natural
     share: Share
     portable: Portable
+
+
+class WatchLength(msgspec.Struct, frozen=True, tag=True):
+    """Client → service: how many bytes has that, and tell me from now on when it changes."""
+
+    id: Natural
+    name: Name
+
+
+class Length(msgspec.Struct, frozen=True, tag=True):
+    """The answer."""
+
+    id: Natural
+    name: Name
+    nbytes: Natural
+
+
+class LengthChanged(msgspec.Struct, frozen=True, tag=True):
+    """Service → client: what it watches has so many bytes now. Only the latest is told."""
+
+    name: Name
+    nbytes: Natural
 
 
 class PushMapping(msgspec.Struct, frozen=True, tag=True):
@@ -172,6 +194,9 @@ Message = (
     | Shares
     | OpenShare
     | Opened
+    | WatchLength
+    | Length
+    | LengthChanged
     | PushMapping
     | Mapped
     | PullMapping
@@ -184,7 +209,7 @@ Message = (
     | Done
     | Failed
 )
-Answer = Shares | Opened | Mapped | MemoryRead | MemoryWritten | Done | Failed
+Answer = Shares | Opened | Length | Mapped | MemoryRead | MemoryWritten | Done | Failed
 
 encode = msgspec.msgpack.Encoder().encode
 decode = msgspec.msgpack.Decoder(Message).decode

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, final
 
 from memdesc.descriptors.base import MemoryDescriptor, check_descriptor
+from memdesc.descriptors.buffer import BufferMemoryDescriptor
 from memdesc.errors import (
     ClosedError,
     InvalidArgument,
@@ -108,7 +109,7 @@ class Service:
         self._clients: list[UserClient] = []
         self._unseen: list[UserClient] = []
         self._strangers: dict[UserClient, None] = {}  # that have not greeted; oldest first
-        self._closed = False
+        self._closed = self._telling = False
         self._loop = loop()
         self._listener = folder.Listener(name, for_all=allow is not None)
         self.path = self._listener.path
@@ -181,6 +182,9 @@ class Service:
         with self._lock:
             self._check_open()
             self._shares[name] = shared
+        if isinstance(descriptor, BufferMemoryDescriptor):
+            descriptor.watch_length(self)
+        self.length_changed()  # of what was shared under the name before
 
     def unshare(self, name: str) -> None:
         """Share it no longer; clients keep what they have mapped."""
@@ -195,6 +199,12 @@ class Service:
         """List what is shared."""
         with self._lock:
             return [shared.described() for shared in self._shares.values()]
+
+    def length_changed(self) -> None:
+        """Have clients that wait for it told of a length that changed; called by buffers."""
+        if not self._closed and not self._telling:
+            self._telling = True
+            self._loop.post(self._tell_lengths)
 
     # -- clients ---------------------------------------------------------------------------------
 
@@ -280,6 +290,11 @@ class Service:
             for books in (self._clients, self._unseen):
                 if client in books:
                     books.remove(client)
+
+    def _tell_lengths(self) -> None:
+        self._telling = False  # first: what changes from here on is told the next time
+        for client in self.clients():
+            client.tell_lengths()
 
     def _visible_to(self, client: UserClient) -> list[protocol.Share]:
         with self._lock:

@@ -41,6 +41,7 @@ class UserClient(Peer):
         super().__init__(sock, task, mapping_limit, allow_copy=False)
         self.admitted = False
         self._service: Service | None = service
+        self._told: dict[str, int] = {}  # lengths of what it watches, as it last heard
 
     def __repr__(self) -> str:
         state = "gone" if self.closed else "connected"
@@ -58,6 +59,8 @@ class UserClient(Peer):
             self._answer(message.id, lambda: self._list(service, message))
         elif isinstance(message, protocol.OpenShare):
             self._answer(message.id, lambda: self._open(service, message))
+        elif isinstance(message, protocol.WatchLength):
+            self._answer(message.id, lambda: self._watch(service, message))
         else:
             super()._handle(message, fds, lost)
 
@@ -104,6 +107,35 @@ class UserClient(Peer):
             user=self.task.credentials.uid,
         )
         return protocol.Opened(request.id, shared.described(), portable), fds
+
+    def _watch(
+        self, service: Service, request: protocol.WatchLength
+    ) -> tuple[protocol.Length, list[int]]:
+        nbytes = service._find(self, request.name).descriptor.length
+        self._told[request.name] = nbytes
+        return protocol.Length(request.id, request.name, nbytes), []
+
+    def tell_lengths(self) -> None:
+        """Tell of the lengths that changed, unless it has not read all yet. On the I/O thread.
+
+        Then it is told when it has: once, of the lengths as they are by then.
+        """
+        service = self._service
+        if service is None:
+            return
+        for name, told in self._told.items():
+            try:
+                nbytes = service._find(self, name).descriptor.length
+            except MemdescError:
+                continue  # it is shared no longer, or not with this one
+            if nbytes != told and not self._queue:
+                self._told[name] = nbytes
+                self._send_if_there(protocol.LengthChanged(name, nbytes))
+
+    def _write_waiting(self) -> None:
+        super()._write_waiting()
+        if not self._queue:
+            self.tell_lengths()
 
     def _ended(self, why: MemdescError) -> None:
         super()._ended(why)

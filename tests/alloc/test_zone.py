@@ -7,6 +7,9 @@ import ctypes
 import gc
 import pickle
 import struct
+import subprocess
+import sys
+import threading
 from itertools import pairwise
 
 import pytest
@@ -403,9 +406,13 @@ def test_elements_are_made_by_zones_only() -> None:
     assert bare._take() is None
     assert bare._add_chunk(page_size, 1, None) == 0
     zone = make()
+    element = zone.alloc()
+    before = zone.statistics()
     with pytest.raises(TypeError):
         Zone.__init__(zone, "again", 16, 1024)
-    zone.alloc()
+    assert zone.statistics() == before
+    zone.free(element)
+    assert zone.collect() == before.current_size
 
 
 def test_wrong_types_in_the_core_do_not_crash() -> None:
@@ -512,3 +519,48 @@ def test_the_exception_of_exhaustion_tells_all() -> None:
     zone.free(elements[0])
     zone.alloc()
     assert zone.statistics().failures == 1
+
+
+def test_zones_are_listed_while_other_threads_make_them() -> None:
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            [make() for _ in range(10)]
+
+    interval = sys.getswitchinterval()
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    try:
+        sys.setswitchinterval(1e-5)
+        for thread in threads:
+            thread.start()
+        for _ in range(50):
+            memdesc.zprint()
+            memdesc.collect_zones()
+    finally:
+        sys.setswitchinterval(interval)
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_the_interpreter_ends_in_peace_with_elements_alive() -> None:
+    code = """
+import memdesc as md
+class Keeps:
+    def __init__(self):
+        self.zone = md.Zone("kept", 256, 1 << 17, wired=True)
+        self.elements = [self.zone.alloc() for _ in range(300)]
+        self.view = memoryview(self.elements[0])
+        self.me = self
+    def __del__(self):
+        self.view.release()
+        self.zone.free(self.elements[0])
+keeps = Keeps()
+cycle = [Keeps()]
+cycle.append(cycle)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

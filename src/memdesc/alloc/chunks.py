@@ -20,9 +20,14 @@ from memdesc.memory.zone_map import ZoneChunk
 from memdesc.vm.forks import lock_for
 from memdesc.wiring import wire
 
-zones: weakref.WeakSet[ChunkList] = weakref.WeakSet()
-"""All zones of this process that were not closed for good: dropped ones leave by themselves."""
+_refs: set[weakref.ref[ChunkList]] = set()
 _hooked = False
+
+
+def living_zones() -> list[ChunkList]:
+    """All zones of this process; those that were dropped leave by themselves."""
+    refs = tuple(_refs)  # one step for the interpreter: other threads make zones meanwhile
+    return [zone for ref in refs if (zone := ref()) is not None]
 
 
 class ChunkList(_core.ElementList):
@@ -30,25 +35,24 @@ class ChunkList(_core.ElementList):
 
     def __init__(self, name: str, layout: Layout, wired: bool, track: bool) -> None:
         global _hooked
+        chunks: list[ZoneChunk] = []
+        waiters: deque[threading.Lock] = deque()
+        sites: dict[int, str] | None = {} if track else None
+        most = layout.max_elements
+        self._begin(layout.element_size, layout.stride, most, chunks, waiters, sites)
+        self._chunks, self._waiters, self._sites = chunks, waiters, sites
+        self._idle: list[int] = []  # numbers of chunks whose pages are with the kernel
         self.name = name
         self.wired = wired
         self._layout = layout
         self._pid = os.getpid()
         self._closed = False
-        self._chunks: list[ZoneChunk] = []
-        self._idle: list[int] = []  # numbers of chunks whose pages are with the kernel
-        self._waiters: deque[threading.Lock] = deque()
-        self._sites: dict[int, str] | None = {} if track else None
-        self._collected = self._peak_size = 0
+        self._failures = self._waits = self._collected = self._peak_size = 0
         self._lock = lock_for(self)
-        most = layout.max_elements
-        self._begin(
-            layout.element_size, layout.stride, most, self._chunks, self._waiters, self._sites
-        )
         if not _hooked:
             _hooked = True
             os.register_at_fork(after_in_child=_disown)
-        zones.add(self)
+        _refs.add(weakref.ref(self, _refs.discard))
 
     def _grow(self) -> bool:
         """See to it that an element is free; False where the zone has all that it may have."""
@@ -140,9 +144,9 @@ class ChunkList(_core.ElementList):
 
 def _disown() -> None:
     """In a fork child: the zones and their elements are the parent's."""
-    for zone in list(zones):
+    for zone in living_zones():
         zone._inherit()
-    zones.clear()
+    _refs.clear()
 
 
 def collect_zones() -> int:
@@ -152,7 +156,7 @@ def collect_zones() -> int:
     another thread is just growing are passed over.
     """
     given_back = 0
-    for zone in list(zones):
+    for zone in living_zones():
         if zone._lock.acquire(blocking=False):
             try:
                 given_back += zone.collect()

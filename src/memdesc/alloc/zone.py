@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn, Self, final
 
 from memdesc import _core
-from memdesc.alloc.chunks import ChunkList, collect_zones, zones
+from memdesc.alloc.chunks import ChunkList, collect_zones, living_zones
 from memdesc.alloc.layout import DEFAULT_ALIGNMENT, check_name, plan
 from memdesc.alloc.statistics import ZoneStatistics, ZoneTable
 from memdesc.copyio import bytes_of
@@ -116,7 +116,6 @@ class Zone(ChunkList):
                 "zone is made (zone_map.configure)",
                 errno=errno.EINVAL,
             )
-        self._failures = self._waits = 0
         super().__init__(name, layout, bool(wired), bool(track))
         if wired:
             self._take_all()
@@ -129,8 +128,8 @@ class Zone(ChunkList):
         return self._layout.element_size
 
     @property
-    def capacity(self) -> int:
-        """Elements that can be allocated at one time."""
+    def max_elements(self) -> int:
+        """Elements that can be in use at one time."""
         return self._layout.max_elements
 
     @property
@@ -459,7 +458,7 @@ def _call_site() -> str:
 
 
 def _holders_of_the_map() -> tuple[Holding, ...]:
-    told = [zone.statistics() for zone in list(zones) if isinstance(zone, Zone)]
+    told = [zone.statistics() for zone in living_zones() if isinstance(zone, Zone)]
     rows = [
         Holding(f"zone {row.name!r}", row.in_use, row.current_size, 0, 0)
         for row in told
@@ -478,5 +477,5 @@ def zprint() -> ZoneTable:
     >>> [(row.name, row.in_use) for row in zprint().zones if row.name == "headers"]
     [('headers', 1)]
     """
-    told = [zone.statistics() for zone in list(zones) if isinstance(zone, Zone)]
+    told = [zone.statistics() for zone in living_zones() if isinstance(zone, Zone)]
     return ZoneTable(tuple(sorted(told, key=lambda row: row.name)), zone_map.statistics())

@@ -225,7 +225,11 @@ def _reserve(length: int) -> _core.MappedMemory:
             errno=error.errno,
             requested=length,
         ) from error
-    with suppress(OSError):  # a kernel that can not name memory: the name is for people
+    # A huge page would come for one chunk and belong to many, and go when all of them do. A kernel
+    # without huge pages refuses; one without names for memory too: they are for people.
+    with suppress(OSError):
+        _core.madvise(memory.address, length, _core.MADV_NOHUGEPAGE)
+    with suppress(OSError):
         _core.name_memory(memory.address, length, NAME.encode())
     return memory
 

@@ -23,7 +23,7 @@ from memdesc import Access, BufferMemoryDescriptor, Contents, PageKind, recycler
 sys.path.append(str(Path(__file__).parents[1] / "memory"))
 from recycling import KIB, fresh_recycler, statistics
 
-SIZES = [64 * KIB, 100 * KIB, 100 * KIB + 1, 128 * KIB, 256 * KIB]
+SIZES = [100 * KIB, 100 * KIB, 90 * KIB, 256 * KIB]
 LIMIT = 512 * KIB
 
 
@@ -34,7 +34,7 @@ class Made:
         self.buffer = buffer
         self.identity = buffer.memory.identity
         self.view = memoryview(buffer)
-        self.sign: int | None = None
+        self.sign = 0
         self.granted = False
 
 
@@ -57,8 +57,8 @@ class Recycling(RuleBasedStateMachine):
         target=made,
         nbytes=st.sampled_from(SIZES),
         contents=st.sampled_from(Contents),
-        name=st.sampled_from("ab"),
-        max_access=st.sampled_from(Access),
+        name=st.sampled_from("aaab"),
+        max_access=st.sampled_from([Access.READ_ONLY] * 3 + [Access.READ_WRITE]),
     )
     def make(self, nbytes: int, contents: Contents, name: str, max_access: Access) -> Made:
         made = Made(
@@ -79,6 +79,8 @@ class Recycling(RuleBasedStateMachine):
         seen = whole[: 0 if contents is Contents.ZEROED else nbytes]
         assert whole[len(seen) :] == bytes(memory.size - len(seen))
         self.living.append(made)
+        made.view[:] = b"\xff" * nbytes
+        made.sign = 0xFF
         return made
 
     @rule(made=made, sign=st.integers(1, 255))
@@ -86,6 +88,10 @@ class Recycling(RuleBasedStateMachine):
         if made in self.living:
             made.view[:] = bytes([sign]) * len(made.view)
             made.sign = sign
+
+    @rule(nbytes=st.sampled_from(SIZES))
+    def make_and_free(self, nbytes: int) -> None:
+        self.let_go(self.make(nbytes, Contents.ZEROED, "a", Access.READ_ONLY))
 
     @rule(made=made)
     def close(self, made: Made) -> None:
@@ -139,7 +145,7 @@ class Recycling(RuleBasedStateMachine):
     @invariant()
     def nobody_s_bytes_change(self) -> None:
         for made in self.living:
-            if made.sign is not None:
+            if made.sign:
                 assert made.view[0] == made.view[-1] == made.view[len(made.view) // 2] == made.sign
 
     @invariant()
@@ -163,5 +169,5 @@ class Recycling(RuleBasedStateMachine):
 
 @pytest.mark.slow
 def test_recycling_held_to_the_model() -> None:
-    how = settings(max_examples=60, stateful_step_count=40, deadline=None, database=None)
+    how = settings(max_examples=80, stateful_step_count=50, deadline=None, database=None)
     run_state_machine_as_test(Recycling, settings=how)

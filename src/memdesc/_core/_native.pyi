@@ -132,9 +132,9 @@ def exchange_memory(
 ) -> None:
     """Copy `nbytes` at `to` of `target` into `source`, then move that there.
 
-    Stores by other threads wait meanwhile if `watch` is a userfaultfd (-1: none), which is closed
-    in any case; without one those made during the copying may be lost. On an error, also that of
-    the userfaultfd, the target is as it was.
+    Stores by other threads wait meanwhile if `watch` is a userfaultfd (-1: none); without one those
+    made during the copying may be lost. On an error, also that of the userfaultfd, the target is
+    as it was. The caller closes `watch`.
     """
 
 def buffer_address(buffer: Buffer) -> tuple[int, int, bool]: ...

@@ -22,6 +22,7 @@
 struct md_uffd_api { uint64_t api, features, ioctls; };
 struct md_uffd_register { uint64_t start, len, mode, ioctls; };
 struct md_uffd_writeprotect { uint64_t start, len, mode; };
+struct md_uffd_range { uint64_t start, len; };
 #define MD_UFFD_USER_MODE_ONLY 1
 #define MD_UFFD_API_NUMBER 0xAAULL
 #define MD_UFFD_FEATURES ((1ULL << 0) | (1ULL << 12)) /* PAGEFAULT_FLAG_WP, WP_HUGETLBFS_SHMEM */
@@ -29,6 +30,8 @@ struct md_uffd_writeprotect { uint64_t start, len, mode; };
 #define MD_UFFD_PROTECT (1ULL << 0)
 #define MD_UFFDIO_API _IOWR(0xAA, 0x3F, struct md_uffd_api)
 #define MD_UFFDIO_REGISTER _IOWR(0xAA, 0x00, struct md_uffd_register)
+#define MD_UFFDIO_UNREGISTER _IOR(0xAA, 0x01, struct md_uffd_range)
+#define MD_UFFDIO_WAKE _IOR(0xAA, 0x02, struct md_uffd_range)
 #define MD_UFFDIO_WRITEPROTECT _IOWR(0xAA, 0x06, struct md_uffd_writeprotect)
 
 #define MD_STREAM_FROM (256u << 10) /* bytes from which on the caches are passed by */
@@ -91,20 +94,21 @@ static inline long md_watch_stores(uintptr_t address, size_t length) {
 }
 
 /* Copies `nbytes` at `view` into the memory at `from`, then puts that memory in its place. Given
- * a userfaultfd, which is closed in any case, stores into the view wait meanwhile: closing it
- * wakes them, and they go to the new memory. On an error the view is as it was. */
+ * a userfaultfd, stores into the view wait meanwhile, and then go to the new memory. On an error
+ * the view is as it was. Nobody waits any more when this returns. */
 static inline long md_exchange(int watch, uintptr_t from, size_t length, uintptr_t view,
                                size_t nbytes) {
-    struct md_uffd_writeprotect range = {view, length, MD_UFFD_PROTECT};
+    struct md_uffd_writeprotect protect = {view, length, MD_UFFD_PROTECT};
+    struct md_uffd_range range = {view, length};
     long rc = 0;
     if (watch >= 0)
-        rc = md_rc(ioctl(watch, MD_UFFDIO_WRITEPROTECT, &range));
+        rc = md_rc(ioctl(watch, MD_UFFDIO_WRITEPROTECT, &protect));
     if (!rc) {
         md_copy_words((unsigned char *)from, (const unsigned char *)view, nbytes);
         rc = md_move(from, length, view);
     }
-    if (watch >= 0)
-        close(watch);
+    if (watch >= 0) /* what was moved away is registered no longer */
+        ioctl(watch, rc ? MD_UFFDIO_UNREGISTER : MD_UFFDIO_WAKE, &range);
     return rc;
 }
 

@@ -204,17 +204,18 @@ def attach(allocation: Allocation) -> int:
 
 
 def _exchange(fresh: Allocation, old: Allocation, size: int) -> None:
+    where = (fresh.memory, fresh.start, size, old.memory, old.start, size)
     try:
         watch = _core.watch_stores(old.address, size)
     except OSError:
-        watch = -1
-    where = (fresh.memory, fresh.start, size, old.memory, old.start, size)
+        _core.exchange_memory(-1, *where)
+        return
     try:
         _core.exchange_memory(watch, *where)
     except OSError:
-        if watch < 0:
-            raise
         _core.exchange_memory(-1, *where)  # this kernel can not hold up stores to such memory
+    finally:
+        os.close(watch)
 
 
 def allocate_like(

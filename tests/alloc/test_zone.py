@@ -13,7 +13,7 @@ import threading
 from itertools import pairwise
 
 import pytest
-from zone_tools import balanced, make, poke
+from zone_tools import balanced, make, poke, settled
 
 import memdesc
 from memdesc import (
@@ -118,7 +118,7 @@ def test_the_largest_element_and_the_smallest() -> None:
 )
 def test_what_can_be_no_zone(bad: dict[str, object]) -> None:
     good: dict[str, object] = {"name": "bad", "element_size": 256, "capacity": 1 << 20}
-    before = memdesc.zone_map.statistics()
+    before = settled()
     with pytest.raises(InvalidArgument) as caught:
         Zone(**(good | bad))  # type: ignore[arg-type]
     value = list(bad.values())[-1]
@@ -219,7 +219,7 @@ def test_an_element_outlives_its_zone() -> None:
     zone = make()
     element = zone.alloc()
     memoryview(element)[:4] = b"kept"
-    used = memdesc.zone_map.statistics().used
+    used = settled().used
     del zone
     gc.collect()
     assert element.zone is None
@@ -378,7 +378,7 @@ def test_a_closed_zone_gives_nothing_and_takes_back() -> None:
 
 
 def test_the_block_of_a_zone_closes_it_and_its_memory_goes() -> None:
-    before = memdesc.zone_map.statistics().used
+    before = settled().used
     with make() as zone:
         zone.free(zone.alloc())
     assert zone.closed

@@ -9,7 +9,7 @@ import threading
 import pytest
 from children import in_child, limit_locking
 from wired import locked, nothing_wired  # noqa: F401 (a fixture)
-from zone_tools import balanced, make, poke, present
+from zone_tools import balanced, make, poke, present, settled
 
 import memdesc
 from memdesc import (
@@ -40,7 +40,7 @@ def test_pages_of_empty_chunks_go_and_the_zone_goes_on() -> None:
     elements = [zone.alloc() for _ in range(1024)]
     low = min(element.address for element in elements)
     assert present(low, 4 * CHUNK) == 4 * CHUNK // page_size
-    before = zone_map.statistics()
+    before = settled()
     kept = elements[300]
     memoryview(kept)[:4] = b"kept"
     for element in elements:
@@ -52,7 +52,7 @@ def test_pages_of_empty_chunks_go_and_the_zone_goes_on() -> None:
     told = zone.statistics()
     assert (told.current_size, told.peak_size, told.collected) == (CHUNK, 4 * CHUNK, 3 * CHUNK)
     assert told.current_elements == 256
-    after = zone_map.statistics()
+    after = settled()
     assert (before.used - after.used, before.addresses_used) == (3 * CHUNK, after.addresses_used)
     assert zone.collect() == 0
     again = [zone.alloc() for _ in range(1023)]
@@ -81,7 +81,7 @@ def test_addresses_of_a_zone_that_is_gone_are_used_again_and_are_zero() -> None:
     element = zone.alloc()
     address = element.address
     memoryview(element)[:] = b"\xff" * 256
-    before = zone_map.statistics()
+    before = settled()
     del zone, element
     gc.collect()
     assert zone_map.statistics().addresses_used == before.addresses_used - CHUNK
@@ -144,7 +144,7 @@ def test_memory_that_the_program_locked_itself_stays() -> None:
 def test_memory_that_can_not_be_had_is_exhaustion_and_nothing_is_taken() -> None:
     for call, number in [("mprotect", errno.ENOMEM), ("madvise", errno.ENOMEM)]:
         zone = make()
-        before = zone_map.statistics()
+        before = settled()
         with failing(call, number, times=None), pytest.raises(ZoneExhausted) as caught:
             zone.alloc()
         assert caught.value.errno == errno.ENOMEM
@@ -178,7 +178,7 @@ def test_a_wired_zone_takes_and_locks_all_at_once() -> None:
 
 def _wire_past_the_limit() -> tuple[str, int, int, int]:
     limit_locking(2 * CHUNK)
-    before = zone_map.statistics().used
+    before = settled().used
     try:
         Zone("wired", 256, 4 * CHUNK, wired=True)
     except WiringError as error:
@@ -189,7 +189,7 @@ def _wire_past_the_limit() -> tuple[str, int, int, int]:
 
 def test_wiring_that_fails_leaves_nothing() -> None:
     assert in_child(_wire_past_the_limit)[:3] == (WiringReason.LIMIT.name, 0, 0)
-    before = zone_map.statistics()
+    before = settled()
     with failing("mlock", errno.EAGAIN, after=1), pytest.raises(WiringError) as caught:
         Zone("wired", 256, 3 * CHUNK, wired=True)
     assert (locked(), zone_map.statistics().used) == (0, before.used)

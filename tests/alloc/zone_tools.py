@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import itertools
 import os
 import time
 from collections.abc import Callable
 
 from memdesc.alloc import Zone
+from memdesc.memory import zone_map
 from memdesc.vm.pages import page_size, page_span
 
 _names = itertools.count()
@@ -35,6 +37,12 @@ def present(address: int, length: int) -> int:
     finally:
         os.close(fd)
     return sum(words[at + 7] >> 7 for at in range(0, len(words), 8))
+
+
+def settled() -> zone_map.ZoneMapStatistics:
+    """The zone map's statistics, without what earlier tests left to the collector."""
+    gc.collect()
+    return zone_map.statistics()
 
 
 def wait_until(holds: Callable[[], bool], seconds: float = 60) -> None:

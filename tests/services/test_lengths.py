@@ -162,7 +162,7 @@ def test_a_client_that_does_not_read_holds_nobody_up_and_hears_the_latest(
             assert sent < 100_000
         for capacity in range(101, 2000):
             buffer.grow(capacity)
-        changes = []
+        changes: list[protocol.LengthChanged] = []
         answers = 0
         while not changes or changes[-1].nbytes != 1999:
             message, _ = slow.receive()

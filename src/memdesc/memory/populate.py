@@ -40,7 +40,7 @@ class Reserving(Protocol):
         """Take the pages of a range (fallocate), or raise OSError."""
 
 
-def populate(object_: Reserving, offset: int, address: int, length: int, doing: str) -> None:
+def populate(object_: Reserving | None, offset: int, address: int, length: int, doing: str) -> None:
     """Fault in pages of the size that the kernel chooses, base pages as a rule.
 
     The caller has asked the limits for all of it (`check_available`); they are asked again on the
@@ -48,8 +48,8 @@ def populate(object_: Reserving, offset: int, address: int, length: int, doing: 
 
     Parameters
     ----------
-    object_ : Reserving
-        Whose pages they are.
+    object_ : Reserving, optional
+        Whose pages they are. None has the faults choose the size: reserving knows no MADV_HUGEPAGE.
     offset, length : int
         The range of the object: whole pages.
     address : int
@@ -100,13 +100,16 @@ def _populating(address: int) -> Work:
     return work
 
 
-def _reserve_and_populate(object_: Reserving, offset: int, address: int, length: int) -> None:
+def _reserve_and_populate(
+    object_: Reserving | None, offset: int, address: int, length: int
+) -> None:
     """On one thread reserving first is a fifth faster; on several they would wait for it."""
     done, step = 0, _STEP
     while done < length:
         size = min(step, length - done)
         try:
-            object_.reserve(offset + done, size)
+            if object_ is not None:
+                object_.reserve(offset + done, size)
             _core.madvise(address + done, size, _core.MADV_POPULATE_WRITE)
             done += size
         except InterruptedError:  # some kernels stop for any signal; its handler runs here

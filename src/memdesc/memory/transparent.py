@@ -124,7 +124,7 @@ def populate_auto(object_: Reserving, offset: int, address: int, length: int, do
     Parameters and errors as of `populate`.
     """
     start, whole = whole_huge_pages(address, length)
-    done = 0
+    done, slow = 0, False
     if _books.may_try():
         _complete_page(offset, address, length)
     if whole:
@@ -133,10 +133,12 @@ def populate_auto(object_: Reserving, offset: int, address: int, length: int, do
         if slow:  # nor shall the faults to come
             advise(start + done, whole - done, _core.MADV_NOHUGEPAGE)
     before, after = start - address, start + done - address
+    by_faults = whole > done and not slow and _faults_may_be_huge()
     clock = time.perf_counter()
     for low, high in [(0, before), (after, length)] if done else [(0, length)]:
         if low < high:
-            populate(object_, offset + low, address + low, high - low, doing)
+            reserving = None if by_faults else object_
+            populate(reserving, offset + low, address + low, high - low, doing)
             _books.populated(high - low, time.perf_counter() - clock)
     if whole > done:
         advise(start + done, whole - done, _core.MADV_HUGEPAGE)
@@ -183,29 +185,39 @@ def populate_transparent(
     start, whole = whole_huge_pages(address, length)
     advise(start, whole, _core.MADV_HUGEPAGE)
     _complete_page(offset, address, length)
-    refusal, made = None, 0
-    while made < whole and refusal is None:
+    before = look(address, length).huge_bytes if offset else 0
+    refusal, made = _make_all(start, whole, doing)
+    if refusal is None:
+        populate(object_, offset, address, length, doing)
+        return
+    try:
+        populate(None if _faults_may_be_huge() else object_, offset, address, length, doing)
+        made = look(address, length).huge_bytes - before
+        if made < whole:
+            raise PageKindError(
+                f"{doing}: {made:,} of {whole:,} bytes came in transparent huge pages "
+                f"({describe_errno(refusal)}): free memory or have the kernel compact it "
+                f"(vm.compact_memory), set {_SHMEM_ENABLED} to advise, or say pages=AUTO",
+                errno=refusal.errno,
+                requested=whole,
+                available=made,
+            ) from refusal
+    finally:
+        del refusal  # its traceback leads here: they would keep one another, and the memory
+
+
+def _make_all(start: int, length: int, doing: str) -> tuple[OSError | None, int]:
+    """Make huge pages, first to last: (what the kernel answered instead of one, bytes made)."""
+    made = 0
+    while made < length:
         if made and made % _ROUND == 0:
-            check_available(min(_ROUND, whole - made), doing)
+            check_available(min(_ROUND, length - made), doing)
         try:
             _make_page_patiently(start + made)
-            made += transparent_page_size()
         except OSError as error:  # maybe an older kernel, whose faults can make them
-            refusal = error
-    before = look(address, length).huge_bytes if refusal else 0
-    populate(object_, offset, address, length, doing)
-    if refusal is None:
-        return
-    made += look(address, length).huge_bytes - before
-    if made < whole:
-        raise PageKindError(
-            f"{doing}: {made:,} of {whole:,} bytes came in transparent huge pages "
-            f"({describe_errno(refusal)}): free memory or have the kernel compact it "
-            f"(vm.compact_memory), set {_SHMEM_ENABLED} to advise, or say pages=AUTO",
-            errno=refusal.errno,
-            requested=whole,
-            available=made,
-        ) from refusal
+            return error, made
+        made += transparent_page_size()
+    return None, made
 
 
 def _make_page_patiently(address: int) -> None:

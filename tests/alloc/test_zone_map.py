@@ -274,6 +274,20 @@ def test_the_machine_is_asked_before_a_chunk_is_taken(monkeypatch: pytest.Monkey
     in_child(short)
 
 
+def _no_descriptor_left() -> None:
+    zone = Zone("zone", 256, 4 * CHUNK)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, 64))
+    with pytest.raises(ZoneExhausted, match="ulimit -n") as caught:
+        zone.alloc()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    assert caught.value.errno == errno.EMFILE
+    zone.alloc()
+
+
+def test_a_program_without_a_descriptor_left_gets_no_memory_unseen() -> None:
+    in_child(_no_descriptor_left)
+
+
 def test_what_is_short_may_be_there_later() -> None:
     zone = Zone("later", 256, CHUNK)
     with failing("madvise", errno.ENOMEM, times=2) as fault:

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 from children import in_child, limit_locking
+from puppets import Puppet
 from wired import locked, nothing_wired  # noqa: F401 (a fixture)
 from zone_tools import balanced, make, poke, present, settled
 
@@ -19,6 +20,7 @@ from memdesc import (
     MappingError,
     MappingReason,
     MemoryDescriptor,
+    NotPrivilegedError,
     Task,
     WiringError,
     WiringReason,
@@ -241,6 +243,46 @@ def test_no_element_is_handed_over() -> None:
         with pytest.raises(MappingError) as caught:
             memdesc.send_descriptor(ours, descriptor)
     assert caught.value.reason is MappingReason.ZONE_MEMORY
+
+
+@pytest.mark.slow
+def test_no_element_is_mapped_into_another_task() -> None:
+    zone = make()
+    element = zone.alloc()
+    within = MemoryDescriptor.with_address_range(element.address, 100, Direction.OUT)
+    with (
+        memdesc.Service("zones") as service,
+        Puppet() as one,
+        MemoryDescriptor.with_buffer(element, Direction.OUT_IN) as whole,
+    ):
+        one.do("c = md.connect('zones')")
+        task = service.wait_client(20).task
+        for descriptor in (within, whole, memdesc.SubMemoryDescriptor(whole, 8, 16)):
+            with pytest.raises(MappingError) as caught:
+                descriptor.create_mapping_in_task(task)
+            assert caught.value.reason is MappingReason.ZONE_MEMORY
+        assert one.do("len(c.mappings())") == 0
+        one.do("c.close()")
+
+
+@pytest.mark.slow
+def test_zone_memory_of_another_task_is_copied_not_mapped() -> None:
+    with Puppet() as one, Task(one.pid) as task:
+        one.do("zone = md.Zone('theirs', 256, 1024); e = zone.alloc()")
+        one.do("memoryview(e).__setitem__(slice(0, 6), b'theirs')")
+        address = one.do("e.address")
+        theirs = MemoryDescriptor.with_address_range(address, 256, Direction.OUT_IN, task)
+        with pytest.raises(MappingError) as caught:
+            theirs.map()
+        if caught.value.reason is MappingReason.NOT_PRIVILEGED:
+            pytest.skip(f"the maps of a child can not be read: {caught.value}")
+        with open(f"/proc/{one.pid}/maps") as maps:
+            named = f"[anon:{zone_map.NAME}]" in maps.read()
+        assert caught.value.reason.name == ("ZONE_MEMORY" if named else "PRIVATE_MEMORY")
+        try:
+            assert memdesc.copyin(task, address, 6) == b"theirs"
+        except NotPrivilegedError as error:
+            pytest.skip(f"a child can not be read: {error}")
 
 
 def test_zone_memory_of_another_task_is_known_by_its_name() -> None:

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 from memdesc import _core
 from memdesc.errors import AllocationError, InvalidArgument, describe_errno
-from memdesc.memory.limits import check_available
+from memdesc.memory import limits
 from memdesc.vm.forks import lock_for
 from memdesc.vm.pages import MAX_LENGTH, check_integer, check_length, round_page
 
@@ -207,11 +207,19 @@ class _Map:
 def _check_machine(length: int) -> int:
     """Raise unless the machine has that many bytes; give how many it was seen to have."""
     try:
-        check_available(_CHECKED, "a chunk of a zone")
-        return _CHECKED
-    except AllocationError:
-        check_available(length, "a chunk of a zone")
+        if limits.available().nbytes >= _CHECKED:
+            return _CHECKED
+        limits.check_available(length, "a chunk of a zone")
         return length
+    except AllocationError:
+        raise
+    except OSError as error:
+        raise AllocationError(
+            f"a zone takes no memory while it can not see how much there is: {error}; close "
+            "descriptors, or raise `ulimit -n`",
+            errno=error.errno,
+            requested=length,
+        ) from error
 
 
 def _reserve(length: int) -> _core.MappedMemory:

@@ -20,6 +20,7 @@ from memdesc import (
     MappingReason,
     MemoryDescriptor,
     MultiMemoryDescriptor,
+    PageKind,
     SubMemoryDescriptor,
     _core,
     page_size,
@@ -97,6 +98,31 @@ class TestLazyBuffer(Composed):
     def make(self, length: int, max_access: Access, direction: Direction) -> MemoryDescriptor:
         return BufferMemoryDescriptor(
             length, max_access=max_access, direction=direction, lazy=True, alignment=1 << 20
+        )
+
+
+class TestGrownBuffer(Composed):
+    def make(self, length: int, max_access: Access, direction: Direction) -> MemoryDescriptor:
+        grown = BufferMemoryDescriptor(
+            (length + 1) // 2,
+            max_access=max_access,
+            direction=direction,
+            reserve=length + (4 << 20),
+        )
+        grown.grow(length)
+        return grown
+
+
+class TestTransparentHugeBuffer(Composed):
+    """Inside a huge page of which it uses the first part: what is past it is in no view."""
+
+    def make(self, length: int, max_access: Access, direction: Direction) -> MemoryDescriptor:
+        return BufferMemoryDescriptor(
+            length,
+            max_access=max_access,
+            direction=direction,
+            pages=PageKind.TRANSPARENT_HUGE,
+            reserve=length + (4 << 20),
         )
 
 

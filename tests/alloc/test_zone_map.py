@@ -8,11 +8,14 @@ from __future__ import annotations
 import errno
 import gc
 import resource
+import subprocess
+import sys
 import threading
 from typing import Any
 
 import pytest
 from children import in_child
+from memory_cgroup import ENTER, memory_cgroup
 from zone_tools import wait_until
 
 import memdesc
@@ -272,6 +275,41 @@ def test_the_machine_is_asked_before_a_chunk_is_taken(monkeypatch: pytest.Monkey
         assert caught.value.available == CHUNK - 1
 
     in_child(short)
+
+
+FLOOD = (
+    "import sys\n"
+    + ENTER
+    + """
+import memdesc as md
+zone = md.Zone("flood", 4096, 256 << 20)
+held = []
+try:
+    while True:
+        held.append(zone.alloc())
+        memoryview(held[-1])[0] = 1
+except md.ZoneExhausted as error:
+    held.clear()
+    print(error.errno, "cgroup" in str(error), zone.collect() > 8 << 20, zone.alloc().living)
+"""
+)
+
+
+@pytest.mark.slow
+def test_past_a_cgroups_limit_it_is_an_exception_and_no_kill() -> None:
+    with memory_cgroup(64 << 20) as group:
+        done = subprocess.run(
+            [sys.executable, "-c", FLOOD, group.folder],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert (done.returncode, done.stdout, done.stderr) == (
+        0,
+        f"{errno.ENOMEM} True True True\n",
+        "",
+    )
 
 
 def _no_descriptor_left() -> None:

@@ -92,7 +92,7 @@ def detach(
     reason = why_not_free(object_, prepared=prepared)
     if reason is not None:
         return reason
-    _empty_page_table(allocation)
+    empty_page_table(allocation.address, size, object_.page_size)
     with no_fork(), replacing(allocation.address, size) as wired:
         reason = why_not_free(object_, prepared=prepared or wired)
         if reason is not None:
@@ -113,19 +113,18 @@ def detach(
     return None
 
 
-def _empty_page_table(allocation: Allocation) -> None:
-    """Take the view's pages out of the page table on several CPUs; they stay in the object.
+def empty_page_table(address: int, size: int, granule: int) -> None:
+    """Take shared pages out of the page table on several CPUs; they stay in their object.
 
-    The move would do it on one CPU, with the whole address space locked: most of what it costs.
+    Unmapping would do it on one CPU, with the whole address space locked: most of what it costs.
     Who stores meanwhile faults his page in again.
     """
-    size = allocation.object.size
     workers = min(len(os.sched_getaffinity(0)), _MOST_WORKERS, size // _WORTH)
-    if workers < 2 or allocation.object.page_size > page_size:
+    if workers < 2 or granule > page_size:
         return
 
     def work(offset: int, length: int) -> None:
-        _core.madvise(allocation.address + offset, length, mmap.MADV_DONTNEED)
+        _core.madvise(address + offset, length, mmap.MADV_DONTNEED)
 
     try:
         in_parallel(work, size, _WORTH // 2, workers)
@@ -181,7 +180,7 @@ def attach(allocation: Allocation) -> int:
     """
     object_, size = allocation.object, allocation.object.size
     doing = f"moving buffer {object_.name!r} of {size:,} bytes away from its snapshots"
-    fresh = allocate_like(object_, size, object_.max_access, object_.name)
+    fresh = allocate_like(object_, size, object_.max_access, object_.name, object_.pages)
     frozen = object_.frozen
     try:
         with replacing(allocation.address, size):
@@ -219,14 +218,13 @@ def _exchange(fresh: Allocation, old: Allocation, size: int) -> None:
 
 
 def allocate_like(
-    object_: OwnedObject | None, size: int, max_access: Access, name: str
+    object_: OwnedObject | None, size: int, max_access: Access, name: str, pages: PageKind
 ) -> Allocation:
     """New memory, kept warm or fresh, that can lie beside an object's, or in its place.
 
     Its contents are undefined; what is behind `size` is zero, as all of it is seen by who is
-    given it.
+    given it. Base pages stand in for others that are not to be had.
     """
-    pages = PageKind.AUTO if object_ is None else object_.pages
     request = Request(size, pages, max_access, name=name, contents=Contents.UNDEFINED)
     base = replace(request, pages=PageKind.BASE)
     for attempt in (request, replace(request, recycle=False), base, replace(base, recycle=False)):

@@ -12,12 +12,17 @@ from dataclasses import dataclass
 
 from memdesc import _core
 from memdesc.descriptors import copy_on_write
-from memdesc.descriptors.copy_on_write import SnapshotReason, allocate_like
+from memdesc.descriptors.copy_on_write import (
+    SnapshotReason,
+    allocate_like,
+    empty_page_table,
+)
 from memdesc.errors import SealedError
 from memdesc.mapping import Extent
 from memdesc.memory.allocation import Allocation
 from memdesc.memory.lifecycle import State
 from memdesc.memory.memfd import OwnedObject
+from memdesc.memory.page_kinds import PageKind
 from memdesc.memory.populate import in_parallel
 from memdesc.vm.changes import Run
 from memdesc.vm.pages import Access, round_page
@@ -26,7 +31,6 @@ _MOST_RUNS = 499
 """Changed runs that a snapshot keeps apart: they make a thousand extents with those between."""
 _STEP = 4 << 20
 _MOST_WORKERS = 8
-_READ = Access.READ_ONLY
 
 Reader = Callable[[int, memoryview], None]
 """Copies bytes from an offset into a buffer. Called by several threads at once."""
@@ -81,13 +85,20 @@ def freeze_buffer(
                 if runs is not None and 2 * sum(size for _, size in runs) <= length:
                     return _with_changes(whole, runs, read)
                 reason = SnapshotReason.SCATTERED
-    return copied(read, length, reason, name=object_.name)
+    return copied(read, length, reason, name=object_.name, pages=object_.pages)
 
 
-def copied(read: Reader, length: int, reason: SnapshotReason, *, name: str) -> Frozen:
+def copied(
+    read: Reader,
+    length: int,
+    reason: SnapshotReason,
+    *,
+    name: str,
+    pages: PageKind = PageKind.AUTO,
+) -> Frozen:
     """Copy `length` bytes into new memory and freeze it."""
     steps = [(at, at, min(_STEP, length - at)) for at in range(0, length, _STEP)]
-    object_ = _filled(read, steps, allocate_like(None, length, _READ, _file_name(name)))
+    object_ = _filled(read, steps, None, length, _file_name(name), pages)
     return Frozen((Extent(_frozen(object_), 0, length),), length, reason)
 
 
@@ -105,7 +116,7 @@ def _with_changes(whole: Extent, runs: Sequence[Run], read: Reader) -> Frozen:
             (start + at, place + at, min(_STEP, nbytes - at)) for at in range(0, nbytes, _STEP)
         ]
         size = place + nbytes
-    copies = _frozen(_filled(read, steps, allocate_like(frozen, size, _READ, frozen.name)))
+    copies = _frozen(_filled(read, steps, frozen, size, frozen.name, frozen.pages))
     extents, at = [], 0
     for (start, nbytes), place in zip(runs, places, strict=True):
         if at < start:
@@ -118,9 +129,15 @@ def _with_changes(whole: Extent, runs: Sequence[Run], read: Reader) -> Frozen:
 
 
 def _filled(
-    read: Reader, steps: Sequence[tuple[int, int, int]], allocation: Allocation
+    read: Reader,
+    steps: Sequence[tuple[int, int, int]],
+    beside: OwnedObject | None,
+    size: int,
+    name: str,
+    pages: PageKind,
 ) -> OwnedObject:
-    """Copy into new memory, and unmap it: steps are (from, to, bytes)."""
+    """Copy into new memory, mapped by nobody any more: steps are (from, to, bytes)."""
+    allocation = allocate_like(beside, size, Access.READ_ONLY, name, pages)
     object_ = allocation.give_object()
     try:
         # A fork child would hold a writable mapping for good, and forbid the seal.
@@ -134,6 +151,7 @@ def _filled(
 
             workers = min(len(os.sched_getaffinity(0)), _MOST_WORKERS, len(steps))
             in_parallel(work, len(steps), 1, workers)
+        empty_page_table(allocation.address, object_.size, object_.page_size)
     except BaseException:
         object_.close()
         raise

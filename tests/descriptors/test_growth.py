@@ -351,6 +351,15 @@ def test_a_peer_that_reads_past_the_length_gets_zeros_and_the_owner_goes_on() ->
         buffer.write_bytes(64 * P - 1, b"!")
 
 
+def test_who_may_write_may_write_what_is_to_come() -> None:
+    with BufferMemoryDescriptor(P, reserve=2 * P, max_access=Access.READ_WRITE) as buffer:
+        fd = buffer.memory.grant(Access.READ_WRITE, user=os.geteuid())
+        assert os.pwrite(fd, b"early", P) == 5
+        os.close(fd)
+        buffer.grow(2 * P)
+        assert buffer.read_bytes(P, 5) == b"early"
+
+
 @pytest.mark.slow
 def test_what_it_takes_so_is_charged_to_it() -> None:
     size = 32 * MIB

@@ -93,8 +93,8 @@ from memdesc.handover import (
 )
 from memdesc.mapping import MemoryMap as MemoryMap
 from memdesc.memory import recycler as recycler, zone_map as zone_map
+from memdesc.memory.kept import Contents as Contents
 from memdesc.memory.page_kinds import PageKind as PageKind
-from memdesc.memory.recycler import Contents as Contents
 from memdesc.vm.pages import (
     Access as Access,
     Direction as Direction,

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import pytest
 
 from memdesc import BufferMemoryDescriptor, recycler
+from memdesc.memory.kept import RecyclerStatistics, Settings
 from memdesc.memory.limits import Available
-from memdesc.memory.recycler import Recycler, RecyclerStatistics, Settings
+from memdesc.memory.recycler import Recycler
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 ROOM = 8 * GIB

@@ -20,8 +20,9 @@ from memdesc import (
     _core,
     recycler,
 )
+from memdesc.memory.kept import Refusal, Settings
 from memdesc.memory.limits import Available
-from memdesc.memory.recycler import MOST_BLOCKS, SMALLEST, Refusal
+from memdesc.memory.recycler import MOST_BLOCKS, SMALLEST
 from memdesc.testing.faults import failing
 
 SIZE = 256 * KIB
@@ -139,7 +140,7 @@ def test_more_than_the_machine_has_is_refused_with_the_numbers() -> None:
         ROOM + SIZE + 1,
         ROOM + SIZE,
     )
-    assert recycler._recycler.settings == recycler.Settings(MIB, True)  # nothing was changed
+    assert recycler._recycler.settings == Settings(MIB, True)  # nothing was changed
     recycler.configure(limit=ROOM + SIZE)
     assert statistics().kept_blocks == 1
 

@@ -83,7 +83,7 @@ def test_memory_freed_while_another_thread_is_inside_waits_for_nobody() -> None:
 
 def fresh_outside() -> BufferMemoryDescriptor:
     """A buffer that asks the recycler for nothing, but may be kept."""
-    from memdesc.memory.recycler import Kind
+    from memdesc.memory.kept import Kind
 
     buffer = BufferMemoryDescriptor(SIZE, recycle=False)
     assert buffer._allocation is not None

@@ -15,11 +15,11 @@ from memdesc.descriptors.freezing import Frozen, freeze_buffer
 from memdesc.errors import InvalidArgument, PageKindError, RangeError, SealedError
 from memdesc.mapping import Extent
 from memdesc.memory.allocation import Allocation, Request, allocate
+from memdesc.memory.kept import Contents
 from memdesc.memory.lifecycle import State
 from memdesc.memory.made_of import MadeOf, look
 from memdesc.memory.memfd import OwnedObject, check_name
 from memdesc.memory.page_kinds import PageKind, transparent_page_size
-from memdesc.memory.recycler import Contents
 from memdesc.vm.pages import (
     Access,
     Direction,

@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 
 from memdesc import _core
 from memdesc.errors import AllocationError, MemdescError, describe_errno
+from memdesc.memory.kept import Contents, Kind, Want
 from memdesc.memory.limits import check_available
 from memdesc.memory.memfd import OwnedObject
 from memdesc.memory.page_kinds import PageKind, huge_page_size, transparent_page_size
 from memdesc.memory.placing import map_aligned
 from memdesc.memory.populate import populate, populate_huge
-from memdesc.memory.recycler import Contents, Kind, Want, offer, take, trim
+from memdesc.memory.recycler import offer, take, trim
 from memdesc.memory.transparent import leave_to_faults, populate_auto, populate_transparent
 from memdesc.vm.pages import MAX_LENGTH, Access, page_size, round_page
 

@@ -66,7 +66,7 @@ def populate(object_: Reserving | None, offset: int, address: int, length: int, 
         size = min(_ROUND, length - start)
         if start:
             check_available(size, doing)
-        workers = _workers(size, _WORTH)
+        workers = workers_for(size, _WORTH)
         try:
             if workers > 1:
                 in_parallel(_populating(address + start), size, _STEP, workers)
@@ -85,11 +85,12 @@ def populate(object_: Reserving | None, offset: int, address: int, length: int, 
 
 def populate_huge(address: int, length: int) -> None:
     """Fault in pages of the huge-page pool, which the mapping has reserved already; OSError."""
-    workers = max(_workers(length, _WORTH_HUGE), 1)
+    workers = max(workers_for(length, _WORTH_HUGE), 1)
     in_parallel(_populating(address), length, _WORTH_HUGE // 2, workers)
 
 
-def _workers(length: int, worth: int) -> int:
+def workers_for(length: int, worth: int) -> int:
+    """Tell how many threads such a length is worth, given what it is for one; 0 if none."""
     return min(len(os.sched_getaffinity(0)), _MOST_WORKERS, length // worth)
 
 

@@ -15,21 +15,30 @@ import os
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from enum import Enum
+from collections.abc import Callable
+from dataclasses import replace
 from types import EllipsisType
 from typing import TypeVar
 
 from memdesc import _core
 from memdesc.errors import AllocationError, ClosedError, InvalidArgument
+from memdesc.memory.kept import (
+    Block,
+    Contents,
+    Kind,
+    RecyclerStatistics,
+    Refusal,
+    Settings,
+    Want,
+    clear,
+    fits,
+)
 from memdesc.memory.lifecycle import Recycling
 from memdesc.memory.limits import available
 from memdesc.memory.memfd import OwnedObject
-from memdesc.memory.page_kinds import PageKind
 from memdesc.memory.pressure import Watch, is_stalling
 from memdesc.vm.forks import lock_for
-from memdesc.vm.pages import Access, check_integer, round_page
+from memdesc.vm.pages import check_integer
 
 __all__ = ["Contents", "RecyclerStatistics", "Refusal", "configure", "statistics", "trim"]
 
@@ -40,110 +49,10 @@ MOST_BLOCKS = 64
 _MOST_BYTES = 1 << 30
 _SHARE = 8
 """By default at most this part of what is available is kept."""
-_LONGEST_FIT = 1.25
-"""How much larger than what is asked for a kept block may be."""
 _FRESH = 0.25
 """Seconds for which a reading of what is available is good enough."""
-_STEP = 64 << 20
-"""Bytes cleared at a time: between steps signals are honoured."""
 
 T = TypeVar("T")
-
-
-class Contents(Enum):
-    """What a buffer shows at first."""
-
-    ZEROED = "zeroed"
-    """Zeros, as fresh memory does."""
-    UNDEFINED = "undefined"
-    """Zeros, or what an earlier buffer of this program left: whoever is given this buffer may see
-    that too. For who fills all of it at once."""
-
-    @classmethod
-    def _missing_(cls, value: object) -> Contents:
-        raise InvalidArgument(f"{value!r} is no contents: give Contents.ZEROED or UNDEFINED")
-
-
-class Refusal(Enum):
-    """Why a freed buffer's memory was not kept, or no longer."""
-
-    NOT_ALLOWED = "its lifecycle forbids it: granted, forked, registered, exposed, snapshot"
-    TOO_LARGE = "it is larger than the limit"
-    NO_LEASE = "this system gives no lease, so that nobody can tell who else has it"
-    SPOILED = "it was made visible once more after it was freed, perhaps where no lease sees"
-
-
-@dataclass(frozen=True, slots=True)
-class RecyclerStatistics:
-    """What the recycler of this process keeps, and what it has done since the process began.
-
-    Attributes
-    ----------
-    limit : int
-        Bytes that it may keep now.
-    kept_bytes, kept_blocks : int
-    sizes : mapping of int to int
-        How many blocks of each size in bytes are kept.
-    hits, misses : int
-        Buffers made of kept memory, and those for which none was found that fits.
-    busy : int
-        How often a kept block was passed over as somebody still had it.
-    trimmed_bytes : int
-        Given back to the kernel to keep to the limit, on demand, or under memory pressure.
-    refused : mapping of Refusal to int
-    """
-
-    limit: int
-    kept_bytes: int
-    kept_blocks: int
-    sizes: Mapping[int, int]
-    hits: int
-    misses: int
-    busy: int
-    trimmed_bytes: int
-    refused: Mapping[Refusal, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """What kept memory and the next buffer must have in common; a memfd can not be renamed."""
-
-    pages: PageKind
-    max_access: Access
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Want:
-    """The memory that a buffer needs."""
-
-    kind: Kind
-    capacity: int
-    alignment: int
-    contents: Contents
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What the program said. `limit` None: a share of what is available."""
-
-    limit: int | None = None
-    trust_same_user: bool = False
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Block:
-    """Freed memory: a retired object, and its owner's view. Dropped, it goes to the kernel."""
-
-    kind: Kind
-    object: OwnedObject
-    memory: _core.MappedMemory
-    start: int
-
-    @property
-    def size(self) -> int:
-        """Bytes of the object, all of them in memory."""
-        return self.object.size
 
 
 class Recycler:
@@ -292,12 +201,12 @@ class Recycler:
             return None
         block, object_ = picked
         kept = 0 if want.contents is Contents.ZEROED else want.capacity
-        _clear(block.memory, block.start + kept, block.size - kept)
+        clear(block.memory, block.start + kept, block.size - kept)
         return object_, block.memory, block.start
 
     def _pick(self, want: Want) -> tuple[Block, OwnedObject] | None:
         """Take the best block out that nobody else has: the smallest, and the warmest of those."""
-        fitting = [block for block in reversed(self._blocks) if _fits(block, want)]
+        fitting = [block for block in reversed(self._blocks) if fits(block, want)]
         for block in sorted(fitting, key=lambda block: block.size):
             successor = None
             refusal = self.refusal(block.object)
@@ -355,23 +264,6 @@ class Recycler:
             self.trimmed,
             dict(self.refused),
         )
-
-
-def _fits(block: Block, want: Want) -> bool:
-    needed = round_page(want.capacity, block.object.page_size)
-    by_name = want.kind.pages is not PageKind.AUTO
-    if by_name and block.object.pages is not want.kind.pages:
-        return False  # the source of a snapshot, moved to what memory there was
-    return (
-        block.kind == want.kind
-        and needed <= block.size <= min(needed * _LONGEST_FIT, 2 * want.capacity)
-        and (block.memory.address + block.start) % want.alignment == 0
-    )
-
-
-def _clear(memory: _core.MappedMemory, at: int, length: int) -> None:
-    for done in range(0, length, _STEP):
-        _core.zero_memory(memory, at + done, min(_STEP, length - done))
 
 
 _recycler = Recycler(Settings())

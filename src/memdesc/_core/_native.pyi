@@ -187,6 +187,9 @@ class ElementList:
     def _retire(self) -> list[int]:
         """Take all chunks without a used slot off the list; give the numbers of all retired."""
 
+    def _first_retired(self) -> int | None:
+        """The number of a retired chunk; None where there is none."""
+
     def _revive(self, number: int) -> bool:
         """Put a retired chunk, whose memory is zero again, back on the list; tell if it was one."""
 
@@ -211,5 +214,8 @@ class ElementList:
     def _let_go(self, element: ZoneElement) -> None:
         """Free an element as soon as no view needs it."""
 
-    def _counts(self) -> tuple[int, int, int, int, int, int, int, int]:
-        """allocs, frees, drops, quarantined, living, most ever living, free slots, all slots."""
+    def _counts(self) -> tuple[int, int, int, int, int, int]:
+        """allocs, frees, drops, quarantined, living, most ever living."""
+
+    def _slots(self) -> tuple[int, int, int, int]:
+        """Free slots, slots of all chunks, chunks, those of them that are retired."""

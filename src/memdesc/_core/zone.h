@@ -39,7 +39,7 @@ struct md_chunk {
 struct md_zone {
     size_t element_size, stride;
     struct md_chunk **chunks;
-    uint32_t chunk_count;
+    uint32_t chunk_count, retired_count;
     struct md_slot *free; /* has room for every slot of every chunk */
     size_t free_count, slot_count;
     uint64_t allocs, frees, drops, quarantined;
@@ -150,6 +150,7 @@ static inline uint32_t md_zone_retire(struct md_zone *zone) {
             zone->free[kept++] = zone->free[i];
     if (retired)
         zone->free_count = kept;
+    zone->retired_count += retired;
     return retired;
 }
 
@@ -158,6 +159,7 @@ static inline int md_zone_revive(struct md_zone *zone, uint32_t number) {
     if (!zone->chunks[number]->retired)
         return -EINVAL;
     zone->chunks[number]->retired = 0;
+    zone->retired_count--;
     md_zone_put_slots(zone, number);
     return 0;
 }

@@ -19,6 +19,7 @@ cdef extern from "zone.h":
         size_t stride
         md_chunk **chunks
         uint32_t chunk_count
+        uint32_t retired_count
         size_t free_count
         size_t slot_count
         uint64_t allocs
@@ -291,6 +292,15 @@ cdef class ElementList:
         return [number for number in range(self._elements.zone.chunk_count)
                 if self._elements.zone.chunks[number].retired]
 
+    def _first_retired(self):
+        """The number of a retired chunk; None where there is none."""
+        cdef uint32_t number
+        if self._elements.zone.retired_count:
+            for number in range(self._elements.zone.chunk_count):
+                if self._elements.zone.chunks[number].retired:
+                    return number
+        return None
+
     def _revive(self, uint32_t number):
         """Put a retired chunk, whose memory is zero again, back on the list; tell if it was one."""
         if number >= self._elements.zone.chunk_count:
@@ -352,7 +362,12 @@ cdef class ElementList:
             element.elements.give(element)
 
     def _counts(self):
-        """allocs, frees, drops, quarantined, living, most ever living, free slots, all slots."""
+        """allocs, frees, drops, quarantined, living, most ever living."""
         cdef md_zone *zone = &self._elements.zone
         return (zone.allocs, zone.frees, zone.drops, zone.quarantined, zone.living,
-                zone.peak_living, zone.free_count, zone.slot_count)
+                zone.peak_living)
+
+    def _slots(self):
+        """Free slots, slots of all chunks, chunks, those of them that are retired."""
+        cdef md_zone *zone = &self._elements.zone
+        return zone.free_count, zone.slot_count, zone.chunk_count, zone.retired_count

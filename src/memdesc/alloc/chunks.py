@@ -2,12 +2,15 @@
 
 The list of elements is compiled (`_core.ElementList`, under the interpreter's lock); here is where
 it grows and shrinks. Lock order: a zone's lock, then the zone map's. No zone takes another
-one's lock but by trying, and no callback runs under any. A zone's lock is reentrant: a signal
-handler or finalizer may grow the zone that its own thread is just growing.
+one's lock but by trying, and no callback runs under any. The locks are reentrant, for signal
+handlers and finalizers; one that meets its own thread in the middle of a change is refused.
+An interrupt may strike between any two steps: what is left then is in order, or put in order by
+the next collection.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import weakref
@@ -15,7 +18,7 @@ from collections import deque
 
 from memdesc import _core
 from memdesc.alloc.layout import Layout
-from memdesc.errors import ClosedError
+from memdesc.errors import AllocationError, ClosedError
 from memdesc.memory.zone_map import ZoneChunk
 from memdesc.vm.forks import lock_for
 from memdesc.wiring import wire
@@ -41,7 +44,6 @@ class ChunkList(_core.ElementList):
         most = layout.max_elements
         self._begin(layout.element_size, layout.stride, most, chunks, waiters, sites)
         self._chunks, self._waiters, self._sites = chunks, waiters, sites
-        self._idle: list[int] = []  # numbers of chunks whose pages are with the kernel
         self.name = name
         self.wired = wired
         self._layout = layout
@@ -49,6 +51,7 @@ class ChunkList(_core.ElementList):
         self._closed = False
         self._failures = self._waits = self._collected = self._peak_size = 0
         self._lock = lock_for(self)
+        self._busy = False
         if not _hooked:
             _hooked = True
             os.register_at_fork(after_in_child=_disown)
@@ -57,44 +60,51 @@ class ChunkList(_core.ElementList):
     def _grow(self) -> bool:
         """See to it that an element is free; False where the zone has all that it may have."""
         with self._lock:
-            return self._counts()[6] > 0 or self._refill() or self._extend()
+            if self._busy:
+                raise AllocationError(
+                    f"zone {self.name!r} can not grow in a signal handler or finalizer that "
+                    "interrupted its own thread in the middle of growing or collecting it: "
+                    "allocate outside of it",
+                    errno=errno.EDEADLK,
+                )
+            self._busy = True
+            try:
+                return self._slots()[0] > 0 or self._refill() or self._extend()
+            finally:
+                self._busy = False
 
     def _refill(self) -> bool:
         """Get the pages of a chunk back."""
-        while self._idle:
-            number = self._idle.pop()
-            try:
-                self._chunks[number].hold()
-                revived = self._revive(number)
-            except BaseException:
-                self._idle.append(number)
-                raise
-            if revived:
-                self._note_peak()
-                return True
-        return False
+        number = self._first_retired()
+        if number is None:
+            return False
+        self._chunks[number].hold()
+        self._revive(number)
+        self._note_peak()
+        return True
 
     def _extend(self) -> bool:
         """Add a chunk; False where there are as many elements as there may be."""
-        if self._counts()[7] == self._layout.max_elements:
+        if self._slots()[1] == self._layout.max_elements:
             return False
         chunk = ZoneChunk(self._layout.chunk_length)
         try:
             chunk.hold()
             if self.wired:
                 chunk.claim = wire(chunk.address, chunk.length)
-            added = self._add_chunk(chunk.address, self._layout.chunk_elements, chunk)
+            self._add_chunk(chunk.address, self._layout.chunk_elements, chunk)
         except BaseException:
             chunk.let_go()  # now: the traceback holds on to it
             raise
         self._note_peak()
-        return added > 0 or self._counts()[6] > 0  # none if a signal handler came before us
+        return True
 
     def _note_peak(self) -> None:
         self._peak_size = max(self._peak_size, self._held())
 
     def _held(self) -> int:
-        return (len(self._chunks) - len(self._idle)) * self._layout.chunk_length
+        _, _, chunks, retired = self._slots()
+        return (chunks - retired) * self._layout.chunk_length
 
     def collect(self) -> int:
         """Give the pages of chunks without an element back to the kernel.
@@ -117,20 +127,27 @@ class ChunkList(_core.ElementList):
         Linux: madvise(MADV_DONTNEED). XNU: zone_gc, at the level of ZONE_GC_DRAIN.
         """
         self._check_own()
-        with self._lock:
-            return 0 if self.wired and not self._closed else self._collect()
+        return 0 if self.wired and not self._closed else self._collect()
 
     def _collect(self) -> int:
-        given_back, idle = 0, []
-        for number in reversed(self._retire()):
+        with self._lock:
+            if self._busy:  # a signal handler or finalizer: its own thread is at it
+                return 0
+            self._busy = True
+            try:
+                return self._give_back()
+            finally:
+                self._busy = False
+
+    def _give_back(self) -> int:
+        given_back = 0
+        for number in self._retire():
             chunk = self._chunks[number]
             held = chunk.held
             if not chunk.let_go():
                 self._revive(number)
-                continue
-            given_back += chunk.length if held else 0
-            idle.append(number)
-        self._idle = idle
+            elif held:
+                given_back += chunk.length
         self._collected += given_back
         return given_back
 

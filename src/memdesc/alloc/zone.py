@@ -255,7 +255,7 @@ class Zone(ChunkList):
             try:
                 self._waiters.remove(waiter)
             except ValueError:
-                if self._counts()[6]:
+                if self._slots()[0]:
                     self._wake()
 
     def _wake(self) -> None:
@@ -343,7 +343,7 @@ class Zone(ChunkList):
     def statistics(self) -> ZoneStatistics:
         """Tell what the zone has, holds and did."""
         with self._lock:
-            allocs, frees, drops, quarantined, living, peak, free, _ = self._counts()
+            allocs, frees, drops, quarantined, living, peak = self._counts()
             layout = self._layout
             return ZoneStatistics(
                 name=self.name,
@@ -352,7 +352,7 @@ class Zone(ChunkList):
                 current_size=self._held(),
                 peak_size=self._peak_size,
                 max_size=layout.max_size,
-                current_elements=free + living + quarantined,
+                current_elements=self._slots()[0] + living + quarantined,
                 max_elements=layout.max_elements,
                 in_use=living,
                 peak_in_use=peak,
@@ -403,7 +403,7 @@ class Zone(ChunkList):
         waited = f" and none came free in {timeout:g} s" if timeout else ""
         layout = self._layout
         if shortage is None:
-            _, _, _, quarantined, living, *_ = self._counts()
+            _, _, _, quarantined, living, _ = self._counts()
             bad = f", {quarantined:,} quarantined" if quarantined else ""
             text = (
                 f"zone {self.name!r} is exhausted{waited}: {living:,} of {layout.max_elements:,} "

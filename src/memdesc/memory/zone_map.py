@@ -23,8 +23,8 @@ import os
 import sys
 from bisect import insort
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from memdesc import _core
@@ -86,9 +86,11 @@ class _Map:
         self.size = settings.size
         self.memory = _reserve(settings.size * _ROOM)
         self.end = self.memory.address + self.memory.length
-        self.returned: deque[tuple[int, int, int]] = deque()  # address, length, bytes held
+        self.charged: dict[int, int] = {}  # length of each chunk that is held, by its address
+        self.returned: deque[tuple[int, int]] = deque()  # addresses of chunks that are gone
         self.due: deque[bool] = deque()  # a warning to be given once no lock is held
-        self.used = self.peak = 0
+        self.used = self.peak = 0  # `used` sums up `charged` as it was with `_counted` chunks
+        self._counted = 0
         self._checked = 0  # of `used`: as far as the machine's limits were asked
         self._warned = False
         self._free: list[tuple[int, int]] = []  # addresses that were given back: start, end
@@ -96,32 +98,30 @@ class _Map:
         self._lock = lock_for(self)
         self._busy = False
 
-    @contextmanager
-    def _changing(self) -> Iterator[None]:
+    def take(self, length: int) -> int:
+        """Give addresses that belong to no zone, readable and writable."""
         with self._lock:
-            if self._busy:
-                raise AllocationError(
-                    "a zone can not grow in a signal handler or finalizer that interrupted its own "
-                    "thread in the middle of growing one: allocate outside of it",
-                    errno=errno.EDEADLK,
-                )
+            self._check_idle()
             self._busy = True
             try:
                 self._settle()
-                yield
+                address = self._find(length)
+                try:
+                    _core.mprotect(address, length, _core.PROT_READ | _core.PROT_WRITE)
+                except OSError as error:
+                    self._put_back(address, address + length)
+                    raise _unavailable(error, length) from error
+                return address
             finally:
                 self._busy = False
 
-    def take(self, length: int) -> int:
-        """Give addresses that belong to no zone, readable and writable."""
-        with self._changing():
-            address = self._find(length)
-            try:
-                _core.mprotect(address, length, _core.PROT_READ | _core.PROT_WRITE)
-            except OSError as error:
-                self._put_back(address, address + length)
-                raise _unavailable(error, length) from error
-            return address
+    def _check_idle(self) -> None:
+        if self._busy:
+            raise AllocationError(
+                "a zone can not grow in a signal handler or finalizer that interrupted its own "
+                "thread in the middle of growing one: allocate outside of it",
+                errno=errno.EDEADLK,
+            )
 
     def _find(self, length: int) -> int:
         for index, (start, end) in enumerate(self._free):
@@ -151,25 +151,39 @@ class _Map:
                 merged.append((left, right))
         self._free = merged
 
-    def charge(self, length: int) -> None:
-        """Count bytes that a zone is about to hold, or raise if there is no room for them."""
-        with self._changing():
-            if self.used + length > self.size:
-                raise AllocationError(
-                    f"the zone map is full: {self.used:,} of {self.size:,} bytes are in use, "
-                    f"{length:,} more are needed; free elements, or set a larger size "
-                    "(zone_map.configure) before the first zone is made",
-                    errno=errno.ENOMEM,
-                    requested=length,
-                    available=self.size - self.used,
-                )
-            if self.used + length > self._checked:
-                self._checked = self.used + _check_machine(length)
-            self.used += length
-            self.peak = max(self.peak, self.used)
-            if not self._warned and self._is_nearly_full():
-                self._warned = True
-                self.due.append(True)
+    def charge(self, chunk: ZoneChunk) -> None:
+        """Count a chunk that a zone is about to hold, or raise if there is no room for it."""
+        length = chunk.length
+        with self._lock:
+            self._check_idle()
+            self._busy = True
+            try:
+                self._settle()
+                self._check_room(length)
+                # No call in between, after which an interrupt could strike.
+                self.charged[chunk.address] = length
+                self._counted += 1
+                self.used += length
+                chunk.held = True
+                self.peak = max(self.peak, self.used)
+                if not self._warned and self._is_nearly_full():
+                    self._warned = True
+                    self.due.append(True)
+            finally:
+                self._busy = False
+
+    def _check_room(self, length: int) -> None:
+        if self.used + length > self.size:
+            raise AllocationError(
+                f"the zone map is full: {self.used:,} of {self.size:,} bytes are in use, "
+                f"{length:,} more are needed; free elements, or set a larger size "
+                "(zone_map.configure) before the first zone is made",
+                errno=errno.ENOMEM,
+                requested=length,
+                available=self.size - self.used,
+            )
+        if self.used + length > self._checked:
+            self._checked = self.used + _check_machine(length)
 
     def _is_nearly_full(self) -> bool:
         return self.used * 100 >= self.settings.percent * self.size
@@ -177,10 +191,11 @@ class _Map:
     def _settle(self) -> None:
         """Take in what was given back."""
         while self.returned:
-            address, length, held = self.returned.popleft()
-            self.used -= held
-            if length:
-                self._put_back(address, address + length)
+            address, length = self.returned.popleft()
+            self._put_back(address, address + length)
+        if len(self.charged) != self._counted:
+            lengths = tuple(self.charged.values())
+            self.used, self._counted = sum(lengths), len(lengths)
         self._checked = min(self._checked, self.used + _CHECKED)
         if not self._is_nearly_full():
             self._warned = False
@@ -307,8 +322,7 @@ class ZoneChunk:
         """
         if self.held:
             return
-        self._map.charge(self.length)
-        self.held = True
+        self._map.charge(self)
         try:
             _core.madvise(self.address, self.length, _core.MADV_POPULATE_WRITE)
         except OSError as error:
@@ -327,7 +341,7 @@ class ZoneChunk:
             except OSError:
                 return False
             self.held = False
-            self._map.returned.append((self.address, 0, self.length))
+            self._map.charged.pop(self.address, None)
         return True
 
     def __del__(self, _ending: Callable[[], bool] = sys.is_finalizing) -> None:
@@ -336,14 +350,12 @@ class ZoneChunk:
         if not getattr(self, "length", 0) or _ending() or self._map not in _maps[_inherited:]:
             return
         self.claim = None
-        held = self.length if self.held else 0
         try:
             _core.madvise(self.address, self.length, mmap.MADV_DONTNEED)
-        except OSError:
-            # Still locked, by the program itself: these addresses can not be given to others.
-            self._map.returned.append((self.address, 0, 0))
-        else:
-            self._map.returned.append((self.address, self.length, held))
+        except OSError:  # locked by the program itself: these addresses can not be given to others
+            return
+        self._map.charged.pop(self.address, None)
+        self._map.returned.append((self.address, self.length))
 
 
 def configure(*, size: int) -> None:

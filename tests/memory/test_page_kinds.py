@@ -401,6 +401,11 @@ def test_a_kernel_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (buffer.page_kind, buffer.huge_bytes) == (PageKind.BASE, 0)
 
 
+def test_without_proc_no_huge_page_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memdesc.memory.page_kinds._MEMINFO", Path("/nowhere/meminfo"))
+    assert huge_page_size.__wrapped__() == 0
+
+
 # ── What it is made of, as the kernel shows it ───────────────────────────────────────────────
 
 

@@ -48,7 +48,10 @@ class PageKind(Enum):
 @functools.cache
 def huge_page_size() -> int:
     """Bytes in a huge page of the default size (0 where the kernel has none); fixed at boot."""
-    return meminfo().get("Hugepagesize", 0)
+    try:
+        return meminfo().get("Hugepagesize", 0)
+    except FileNotFoundError:  # no /proc: making any memfd says so
+        return 0
 
 
 @functools.cache

@@ -27,7 +27,6 @@ from memdesc import (
     PageKind,
     PageKindError,
     RangeError,
-    SealedError,
     SubMemoryDescriptor,
     WiringError,
     _core,
@@ -174,15 +173,24 @@ def test_a_buffer_that_was_granted_grows(max_access: Access) -> None:
         assert (blocks(buffer), buffer.memory.seals()) == (4 * P, seals)
 
 
-def test_the_memory_of_a_snapshot_does_not() -> None:
-    with BufferMemoryDescriptor(P, reserve=4 * P, recycle=False) as buffer:
+def test_the_source_of_a_snapshot_moves_to_grow() -> None:
+    with BufferMemoryDescriptor(P, reserve=4 * P) as buffer:
+        buffer.write_bytes(0, b"then")
+        view = memoryview(buffer)
         with buffer.snapshot() as frozen:
-            if frozen.copied_bytes:
-                pytest.skip(f"the snapshot was copied: {frozen.reason}")
-            with pytest.raises(SealedError) as caught:
-                buffer.grow(2 * P)
-            assert caught.value.errno == errno.EPERM
-            assert (buffer.capacity, buffer.length) == (P, P)
+            assert frozen.copied_bytes == 0
+            buffer.write_bytes(0, b"now ")
+            buffer.grow(3 * P)
+            assert (buffer.capacity, buffer.length, buffer.moves) == (3 * P, 3 * P, 1)
+            assert (blocks(buffer), buffer.moved_bytes) == (3 * P, P)
+            buffer.write_bytes(3 * P - 1, b"!")
+            view[4] = 33
+            assert buffer.read_bytes() == b"now !" + bytes(3 * P - 6) + b"!"
+            with buffer.snapshot() as later:
+                assert (later.copied_bytes, later.length) == (0, 3 * P)
+                buffer.map(unique=True).unmap()
+                assert (blocks(buffer), later.read_bytes()) == (3 * P, buffer.read_bytes())
+            assert (frozen.length, frozen.read_bytes(0, 5)) == (P, b"then\0")
 
 
 def test_a_fork_child_grows_its_own_idea_of_it() -> None:

@@ -7,6 +7,8 @@ import fcntl
 import gc
 import mmap
 import os
+import re
+from pathlib import Path
 
 import pytest
 from huge_pool import huge_pages
@@ -358,6 +360,12 @@ def _free_pages() -> int:
 
 def test_the_step_of_copying_is_whole_pages() -> None:
     assert freezing._STEP % page_size == 0  # the runs of one extent meet on page borders
+
+
+def test_the_page_has_each_reason() -> None:
+    page = Path(__file__).parents[2] / "docs" / "snapshots.md"
+    rows = re.findall(r"^\| `([A-Z_]+)` \|", page.read_text(), re.M)
+    assert sorted(rows) == sorted(SnapshotReason.__members__)
 
 
 def test_it_is_a_kind_of_its_own() -> None:

@@ -286,6 +286,7 @@ class SnapshotMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200 if LONG else 120)
 def test_snapshots_are_byte_arrays() -> None:
     run_state_machine_as_test(
         SnapshotMachine,

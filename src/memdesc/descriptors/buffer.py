@@ -12,7 +12,7 @@ from memdesc.copyio import bytes_of
 from memdesc.descriptors import copy_on_write
 from memdesc.descriptors.base import MemoryDescriptor, _nothing
 from memdesc.descriptors.freezing import Frozen, freeze_buffer
-from memdesc.errors import InvalidArgument, PageKindError, RangeError, SealedError
+from memdesc.errors import InvalidArgument, PageKindError, RangeError
 from memdesc.mapping import Extent
 from memdesc.memory.allocation import Allocation, Request, allocate
 from memdesc.memory.kept import Contents
@@ -253,8 +253,6 @@ class BufferMemoryDescriptor(MemoryDescriptor):
         AllocationError, WiringError
             The capacity is what it was. Pages that came already go back; after a read-only grant
             the seals keep them until the next growth.
-        SealedError
-            The memory is a snapshot's (EPERM).
 
         Notes
         -----
@@ -275,21 +273,12 @@ class BufferMemoryDescriptor(MemoryDescriptor):
                     f"{self.reserve:,}, not to {capacity:,}: make it with reserve={capacity}",
                     errno=errno.EINVAL,
                 )
-            self._check_may_grow()
+            self._attach()
             self._take_pages(old, capacity)
             self.capacity = max(capacity, self.capacity)  # a signal handler may have grown it more
             self._fixed = None
             if self._length == old:
                 self.set_length(self.capacity)
-
-    def _check_may_grow(self) -> None:
-        life = self.memory.lifecycle
-        if not life.row.may_grow:
-            raise SealedError(
-                f"buffer {self.name!r} is {life.state.value}: its memory is a snapshot's, and "
-                "stays as it is; make a new buffer",
-                errno=errno.EPERM,
-            )
 
     def _take_pages(self, old: int, new: int) -> None:
         """Fault in what lies between two capacities, and wire it if the rest is; all or nothing."""
@@ -374,7 +363,7 @@ class BufferMemoryDescriptor(MemoryDescriptor):
             return
         with allocation.object.lock:
             if allocation.object.lifecycle.state is State.DETACHED:
-                self.moved_bytes += copy_on_write.attach(allocation)
+                self.moved_bytes += copy_on_write.attach(allocation, self.capacity)
                 self.moves += 1
                 self._fixed = None
 

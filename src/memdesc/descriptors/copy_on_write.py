@@ -32,7 +32,7 @@ from memdesc.memory.populate import in_parallel
 from memdesc.memory.recycler import Contents
 from memdesc.vm.changes import Run, changed_runs
 from memdesc.vm.forks import no_fork
-from memdesc.vm.pages import Access, page_size
+from memdesc.vm.pages import page_size, round_page
 from memdesc.vm.physical import is_present, pagemap
 from memdesc.vm.task import Task
 from memdesc.wiring import replacing
@@ -47,7 +47,7 @@ _PATIENCE = 1.0
 
 
 class SnapshotReason(Enum):
-    """Why bytes were copied for a snapshot. `docs/snapshots.md` has a section for each."""
+    """Why bytes were copied for a snapshot. `docs/snapshots.md` has a row for each."""
 
     SHARED = "the memory was granted to another task, which would stop following the owner"
     FORKED = "a fork child inherited the owner's mapping"
@@ -165,8 +165,10 @@ def changes(allocation: Allocation, length: int, most: int) -> list[Run] | None:
     return [(start, min(size, length - start)) for start, size in runs]
 
 
-def attach(allocation: Allocation) -> int:
+def attach(allocation: Allocation, used: int) -> int:
     """Move a detached buffer to new memory; give the bytes copied. The object is locked.
+
+    `used` is the buffer's capacity: behind it may be a reserve, which has no pages.
 
     Stores by other threads wait meanwhile, where this kernel has a userfaultfd for this process;
     elsewhere those may be lost that are made during the copying.
@@ -179,13 +181,18 @@ def attach(allocation: Allocation) -> int:
         It was moved, but what was wired of it could not be wired again.
     """
     object_, size = allocation.object, allocation.object.size
-    doing = f"moving buffer {object_.name!r} of {size:,} bytes away from its snapshots"
-    fresh = allocate_like(object_, size, object_.max_access, object_.name, object_.pages)
+    doing = f"moving buffer {object_.name!r} of {used:,} bytes away from its snapshots"
+    used = round_page(used, object_.page_size)
+    reserve = size if used < size else 0
+    fresh = allocate_like(
+        object_,
+        Request(used, object_.pages, object_.max_access, name=object_.name, reserve=reserve),
+    )
     frozen = object_.frozen
     try:
         with replacing(allocation.address, size):
             object_.doubt()
-            _exchange(fresh, allocation, size)
+            _exchange(fresh, allocation, used)
             object_.adopt(fresh.give_object())
             allocation.kind = fresh.kind
     except MemdescError:
@@ -196,14 +203,15 @@ def attach(allocation: Allocation) -> int:
         raise AllocationError(
             f"{doing}: {describe_errno(error)}; nothing was moved, its views are as they were",
             errno=error.errno,
-            requested=size,
+            requested=used,
         ) from error
-    log.info("buffer.moved", extra={"buffer": object_.name, "bytes": size})
-    return size
+    log.info("buffer.moved", extra={"buffer": object_.name, "bytes": used})
+    return used
 
 
-def _exchange(fresh: Allocation, old: Allocation, size: int) -> None:
-    where = (fresh.memory, fresh.start, size, old.memory, old.start, size)
+def _exchange(fresh: Allocation, old: Allocation, used: int) -> None:
+    size = old.object.size
+    where = (fresh.memory, fresh.start, size, old.memory, old.start, used)
     try:
         watch = _core.watch_stores(old.address, size)
     except OSError:
@@ -217,15 +225,13 @@ def _exchange(fresh: Allocation, old: Allocation, size: int) -> None:
         os.close(watch)
 
 
-def allocate_like(
-    object_: OwnedObject | None, size: int, max_access: Access, name: str, pages: PageKind
-) -> Allocation:
+def allocate_like(object_: OwnedObject | None, request: Request) -> Allocation:
     """New memory, kept warm or fresh, that can lie beside an object's, or in its place.
 
-    Its contents are undefined; what is behind `size` is zero, as all of it is seen by who is
-    given it. Base pages stand in for others that are not to be had.
+    Its contents are undefined; what is behind the capacity is zero, as all of it is seen by who
+    is given it. Base pages stand in for others that are not to be had.
     """
-    request = Request(size, pages, max_access, name=name, contents=Contents.UNDEFINED)
+    request = replace(request, contents=Contents.UNDEFINED)
     base = replace(request, pages=PageKind.BASE)
     for attempt in (request, replace(request, recycle=False), base, replace(base, recycle=False)):
         try:
@@ -234,7 +240,9 @@ def allocate_like(
             continue  # base pages do as well, only slower
         fits = object_ is None or made.object.page_size <= object_.page_size
         if fits and made.object.lifecycle.state is State.PRIVATE:
-            _core.zero_memory(made.memory, made.start + size, made.object.size - size)
+            if not request.reserve:  # which is never recycled
+                rest = made.object.size - request.capacity
+                _core.zero_memory(made.memory, made.start + request.capacity, rest)
             return made
         made.close()  # kept from a buffer that was granted, and so has its last seals
     raise AssertionError  # fresh base pages always fit

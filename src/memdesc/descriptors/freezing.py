@@ -19,7 +19,7 @@ from memdesc.descriptors.copy_on_write import (
 )
 from memdesc.errors import SealedError
 from memdesc.mapping import Extent
-from memdesc.memory.allocation import Allocation
+from memdesc.memory.allocation import Allocation, Request
 from memdesc.memory.lifecycle import State
 from memdesc.memory.memfd import OwnedObject
 from memdesc.memory.page_kinds import PageKind
@@ -137,7 +137,7 @@ def _filled(
     pages: PageKind,
 ) -> OwnedObject:
     """Copy into new memory, mapped by nobody any more: steps are (from, to, bytes)."""
-    allocation = allocate_like(beside, size, Access.READ_ONLY, name, pages)
+    allocation = allocate_like(beside, Request(size, pages, Access.READ_ONLY, name=name))
     object_ = allocation.give_object()
     try:
         # A fork child would hold a writable mapping for good, and forbid the seal.

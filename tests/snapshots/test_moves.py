@@ -176,6 +176,22 @@ def test_granted_after_the_move_it_is_as_any_shared_buffer() -> None:
             assert copied.reason is SnapshotReason.SHARED
 
 
+def test_described_by_its_addresses_it_is_private_memory_until_it_moves() -> None:
+    with a_source() as (buffer, _, data):
+        by_view = md.MemoryDescriptor.with_buffer(buffer.array(), md.Direction.OUT)
+        by_address = md.MemoryDescriptor.with_address_range(buffer.address, SIZE, md.Direction.OUT)
+        for described in (by_view, by_address):
+            with pytest.raises(md.MappingError) as caught:
+                described.map(unique=True)
+            assert caught.value.reason is md.MappingReason.PRIVATE_MEMORY
+            assert described.read_bytes() == data
+        map_again(buffer)
+        for described in (by_view, by_address):
+            with described.map(unique=True) as mapping:
+                assert bytes(mapping) == data
+            described.close()
+
+
 def test_closed_it_can_not_be_granted() -> None:
     with a_source() as (buffer, _, _):
         memory = buffer.memory

@@ -371,18 +371,18 @@ def test_who_may_write_may_write_what_is_to_come() -> None:
 @pytest.mark.slow
 def test_what_it_takes_so_is_charged_to_it() -> None:
     size = 32 * MIB
-    with BufferMemoryDescriptor(P, reserve=size, pages=PageKind.BASE) as buffer:
+    with (
+        memory_cgroup(256 * MIB) as group,
+        BufferMemoryDescriptor(P, reserve=size, pages=PageKind.BASE) as buffer,
+    ):  # the buffer goes first: its pages are charged to the group
         fd = buffer.memory.grant(Access.READ_ONLY, user=os.geteuid())
-        with memory_cgroup(256 * MIB) as group:
-            with reader(fd, size, str(group.folder)) as peer:
-                assert peer.stdout is not None
-                assert peer.stdout.readline() + peer.stdout.readline() == "0\ndone\n"
-                assert group.used() >= size - MIB
-                peer.communicate(timeout=30)
+        with reader(fd, size, str(group.folder)) as peer:
             os.close(fd)
-            assert blocks(buffer) == size
-            buffer.close()  # before the cgroup goes: its pages
-            del buffer
+            assert peer.stdout is not None
+            assert peer.stdout.readline() + peer.stdout.readline() == "0\ndone\n"
+            assert group.used() >= size - MIB
+            peer.communicate(timeout=30)
+        assert blocks(buffer) == size
 
 
 # ── Any history ──────────────────────────────────────────────────────────────────────────────

@@ -30,6 +30,7 @@ from memdesc import (
     BufferMemoryDescriptor,
     MappingError,
     MappingReason,
+    MemoryDescriptor,
     PageKind,
     SealedError,
     Service,
@@ -126,7 +127,7 @@ def meeting(request: pytest.FixtureRequest) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def offered(how: str, folder: Path, buffer: BufferMemoryDescriptor) -> Iterator[Path]:
+def offered(how: str, folder: Path, buffer: MemoryDescriptor) -> Iterator[Path]:
     """Give the buffer to whoever comes to a socket, by a service or by `send_descriptor`."""
     path = folder / "socket"
     if how == "service":
@@ -149,7 +150,7 @@ def offered(how: str, folder: Path, buffer: BufferMemoryDescriptor) -> Iterator[
             os.close(stop)
 
 
-def _send_once(listener: socket.socket, stop: int, buffer: BufferMemoryDescriptor) -> None:
+def _send_once(listener: socket.socket, stop: int, buffer: MemoryDescriptor) -> None:
     if listener in select.select([listener, stop], [], [], 60)[0]:
         sock, _ = listener.accept()
         with sock:
@@ -158,13 +159,12 @@ def _send_once(listener: socket.socket, stop: int, buffer: BufferMemoryDescripto
 
 
 def attack(
-    client: Privilege, how: str, folder: Path, buffer: BufferMemoryDescriptor
+    client: Privilege, how: str, folder: Path, buffer: MemoryDescriptor, page_size: int
 ) -> dict[str, str]:
     """What came of every way, tried by a client of that privilege that was given the buffer."""
     before = buffer.read_bytes(0, 16).hex()
     with offered(how, folder, buffer) as path:
-        size = str(buffer.pages.page_size)
-        done = run_as(client, ATTACKS, str(folder), how, str(path), size)
+        done = run_as(client, ATTACKS, str(folder), how, str(path), str(page_size))
     if done.returncode:
         if "No module named 'msgspec" in done.stderr:
             pytest.skip("the interpreter that another user may run can not load msgspec")
@@ -199,7 +199,7 @@ def test_no_way_writes_what_was_given_read_only(
         buffer.write_bytes(pages.page_size, content)
         status = os.fstat(buffer.memory.fileno())
 
-        found = attack(client, how, meeting, buffer)
+        found = attack(client, how, meeting, buffer, pages.page_size)
 
         same_user = client is not Privilege.USER or own_privilege() is Privilege.USER
         assert differing(found, expected(pages, may_reopen=same_user)) == {}
@@ -219,7 +219,7 @@ def test_the_same_ways_do_write_what_was_given_read_write(meeting: Path) -> None
         pytest.skip("started with a mixture of privileges")
     with BufferMemoryDescriptor(8192, max_access=Access.READ_WRITE) as buffer:
         buffer.write_bytes(0, b"x" * 8192)
-        found = attack(own, "service", meeting, buffer)
+        found = attack(own, "service", meeting, buffer, 4096)
         stopped = {
             "seal_given": "EPERM",
             "truncate_given": "EPERM",

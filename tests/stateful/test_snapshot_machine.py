@@ -38,7 +38,7 @@ from memdesc import (
 )
 from memdesc.memory.lifecycle import State
 
-LONG = "MEMDESC_LONG" in os.environ
+LONG = "MEMDESC_LONG" in os.environ or os.environ.get("MEMDESC_STORM") == "long"
 PAGES = 7
 SIZE = PAGES * page_size - 50
 MOST = 8

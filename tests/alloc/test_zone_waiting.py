@@ -275,6 +275,37 @@ def test_a_handler_may_free_what_its_own_thread_waits_for() -> None:
     assert zone.statistics().in_use == 0
 
 
+def test_who_is_woken_and_leaves_passes_the_wake_up_on() -> None:
+    if threading.current_thread() is not threading.main_thread():
+        pytest.skip("signal handlers run in the main thread alone, and this is another")
+    zone = make(elements=1)
+    held = [zone.alloc()]
+    second: list[Waiter] = []
+
+    def free_and_raise(*_: object) -> None:
+        zone.free(held.pop())  # wakes the thread that this interrupts, which is first
+        raise Interrupted
+
+    def interrupt() -> None:
+        waiting(zone, 1)
+        second.append(Waiter(zone))
+        waiting(zone, 2)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, free_and_raise)
+    helper = threading.Thread(target=interrupt)
+    try:
+        helper.start()
+        with pytest.raises(Interrupted):
+            zone.alloc(timeout=60)
+        helper.join()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    second[0].end()
+    assert second[0].error is None
+    assert zone.statistics().waiting == 0
+
+
 def _work_until_interrupted(zone: Zone, held: list[object]) -> None:
     while True:
         held.append(zone.alloc(timeout=0.001))

@@ -36,8 +36,8 @@ from memdesc.errors import (
     describe_errno,
 )
 from memdesc.memory import zone_map
-from memdesc.memory.limits import check_available
 from memdesc.memory.page_kinds import PageKind, huge_page_size
+from memdesc.memory.populate import populate
 from memdesc.vm.forks import lock_for
 from memdesc.vm.pages import check_alignment, check_length, page_size, round_page
 from memdesc.vm.physical import frames
@@ -55,9 +55,6 @@ __all__ = [
 _POWERS = [1 << bits for bits in range(5, 14)]
 SIZE_CLASSES: Final = (16, *sorted([*_POWERS, *(power // 4 * 3 for power in _POWERS[1:])]))
 """Element sizes of the zones: two for each power of two, as XNU's kalloc has them, to 8 KiB."""
-
-_STEP = 64 << 20
-"""Bytes faulted in at a time: between steps signals are honoured."""
 
 
 @final
@@ -359,24 +356,18 @@ def _block(buffer: BufferMemoryDescriptor, *, contiguous: bool = False) -> PageB
 def _private_pages(nbytes: int, alignment: int, *, lazy: bool) -> PageBlock:
     size = round_page(nbytes)
     doing = f"allocating {nbytes:,} bytes of private pages"
-    if not lazy:
-        check_available(size, doing)
     prot = _core.PROT_READ | _core.PROT_WRITE
     flags = _core.MAP_PRIVATE | _core.MAP_ANONYMOUS
     try:
         memory = _core.reserve_memory(size + alignment - page_size)
         start = -memory.address % alignment
         _core.place_memory(memory, start, size, prot, flags, -1, 0)
-        for offset in () if lazy else range(0, size, _STEP):
-            at, length = memory.address + start + offset, min(_STEP, size - offset)
-            check_available(length, doing)
-            _core.madvise(at, length, _core.MADV_POPULATE_WRITE)
     except OSError as error:
-        if isinstance(error, AllocationError):
-            raise
         raise AllocationError(
             f"{doing}: {describe_errno(error)}; ask for less", errno=error.errno, requested=size
         ) from error
+    if not lazy:
+        populate(None, 0, memory.address + start, size, doing)
     return PageBlock(_core.Window(memory, start, nbytes, True))
 
 

@@ -23,6 +23,7 @@ from memdesc.memory.page_kinds import PageKind, transparent_page_size
 from memdesc.vm.pages import (
     Access,
     Direction,
+    check_alignment,
     check_integer,
     check_length,
     page_size,
@@ -143,7 +144,7 @@ class BufferMemoryDescriptor(MemoryDescriptor):
             self.reserve = max(check_length(reserve, "reserve"), self.capacity)
         self._watchers: weakref.WeakSet[LengthWatcher] | None = None
         self._lazy = lazy
-        alignment = _check_alignment(alignment)
+        alignment = max(check_alignment(alignment), page_size)
         max_access = Access(max_access)
         self.pages = _check_pages(pages, max_access)
         allocation = allocate(
@@ -406,10 +407,3 @@ def _check_pages(pages: PageKind, max_access: Access) -> PageKind:
             f"this kernel has no {pages.value} pages: say pages=AUTO", errno=errno.EINVAL
         )
     return pages
-
-
-def _check_alignment(alignment: int) -> int:
-    value = check_integer(alignment, "alignment")
-    if value < 1 or value & (value - 1) or value > 1 << 40:
-        raise InvalidArgument(f"alignment is {value}: give a power of two up to 2**40")
-    return max(value, page_size)

@@ -121,7 +121,7 @@ if TYPE_CHECKING:
     from memdesc.services.service import Service as Service
     from memdesc.services.user_client import UserClient as UserClient
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Services bring msgspec, which importing memdesc must not: they come when first asked for. So do
 # the other rooms that no descriptor needs.

@@ -34,7 +34,7 @@ class Waiter(threading.Thread):
             self.error = error
 
     def end(self) -> None:
-        self.join(60)
+        self.join(30)
         assert not self.is_alive(), "it still waits"
 
 
@@ -288,7 +288,7 @@ def test_who_is_woken_and_leaves_passes_the_wake_up_on() -> None:
 
     def interrupt() -> None:
         waiting(zone, 1)
-        second.append(Waiter(zone))
+        second.append(Waiter(zone, None))
         waiting(zone, 2)
         os.kill(os.getpid(), signal.SIGUSR1)
 

@@ -15,7 +15,12 @@ from memdesc.errors import AllocationError, MemdescError, describe_errno
 from memdesc.memory.kept import Contents, Kind, Want
 from memdesc.memory.limits import check_available
 from memdesc.memory.memfd import OwnedObject
-from memdesc.memory.page_kinds import PageKind, huge_page_size, transparent_page_size
+from memdesc.memory.page_kinds import (
+    PageKind,
+    has_free_huge_pages,
+    huge_page_size,
+    transparent_page_size,
+)
 from memdesc.memory.placing import map_aligned
 from memdesc.memory.populate import populate, populate_huge
 from memdesc.memory.recycler import offer, take, trim
@@ -175,6 +180,7 @@ def _suits_huge_pages(request: Request) -> bool:
         and not request.max_access.writable
         and 0 < size <= request.capacity <= MAX_LENGTH - size
         and -request.capacity % size <= request.capacity // _WASTE
+        and has_free_huge_pages()
     )
 
 

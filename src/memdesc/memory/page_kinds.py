@@ -54,6 +54,16 @@ def huge_page_size() -> int:
         return 0
 
 
+def has_free_huge_pages() -> bool:
+    """Whether the pool has any page free: cheaper to ask than how much of it is promised."""
+    pool = f"/sys/kernel/mm/hugepages/hugepages-{huge_page_size() >> 10}kB/free_hugepages"
+    try:
+        with open(pool) as file:
+            return int(file.read()) > 0
+    except FileNotFoundError:
+        return False
+
+
 @functools.cache
 def transparent_page_size() -> int:
     """Bytes in a transparent huge page (0 where the kernel has none); fixed at boot."""

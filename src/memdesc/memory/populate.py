@@ -21,7 +21,7 @@ from memdesc.vm.pages import page_size
 
 _ROUND = 64 << 20
 """Bytes faulted in between two looks at the limits."""
-_STEP = 4 << 20
+_STEP = 1 << 20
 """Bytes that a thread faults in between two looks at signals and at the others' errors."""
 _WORTH = 4 << 20
 """Bytes of base pages for which another thread pays: 1.5 ms of work for 0.1 ms to start it."""

@@ -92,10 +92,10 @@ def leave_to_faults(address: int, length: int, doing: str, pages: PageKind) -> N
 
 def _faults_may_be_huge() -> bool:
     """Whether a fault in shared memory makes a huge page where that is advised."""
-    own = _SHMEM_ENABLED.parent / f"hugepages-{transparent_page_size() >> 10}kB/shmem_enabled"
-    for setting in (own, _SHMEM_ENABLED):
-        if setting.exists():
-            chosen = setting.read_text().partition("[")[2].partition("]")[0]
+    own = f"{_SHMEM_ENABLED.parent}/hugepages-{transparent_page_size() >> 10}kB/shmem_enabled"
+    for setting in (own, str(_SHMEM_ENABLED)):
+        with contextlib.suppress(FileNotFoundError), open(setting) as file:
+            chosen = file.read().partition("[")[2].partition("]")[0]
             if chosen != "inherit":
                 return chosen in ("always", "within_size", "advise", "force")
     return False

@@ -328,6 +328,14 @@ ENDINGS = {
     "an array": "import numpy; array = md.BufferMemoryDescriptor(1 << 20).array()",
     "a module": "sys.kept = md.BufferMemoryDescriptor(1 << 20)",
     "at exit": "import atexit; b = md.BufferMemoryDescriptor(1 << 20); atexit.register(b.close)",
+    "first at exit": (
+        "import atexit; atexit.register(lambda: md.BufferMemoryDescriptor(1 << 20).close())"
+    ),
+    "kept, then at exit": (
+        "import atexit\n"
+        "atexit.register(lambda: md.BufferMemoryDescriptor(1 << 20).close())\n"
+        "md.BufferMemoryDescriptor(1 << 20).close()"
+    ),
     "an exception": "b = md.BufferMemoryDescriptor(1 << 20); v = memoryview(b); 1 / 0",
     "a thread": (
         "import threading\n"

@@ -40,8 +40,13 @@ class Watch:
         self._ended = _thread.allocate_lock()
 
     def start(self) -> bool:
-        """Have the thread run. False where none can be had."""
+        """Have the thread run. False where none can be had, or the program is at its end.
+
+        Then CPython (at least up to 3.12) crashes if a thread has not begun before it ends.
+        """
         if not self._running:
+            if not threading.main_thread().is_alive():
+                return False
             self._woken = _thread.allocate_lock()
             self._ended = _thread.allocate_lock()
             self._woken.acquire()
@@ -59,8 +64,9 @@ class Watch:
         return False
 
     def end(self) -> None:
-        """Wake the thread, which finds nothing to watch, and wait until it has ended: before a
-        fork, which warns where there are threads.
+        """Wake the thread, which finds nothing to watch, and wait until it has ended.
+
+        Before a fork, which warns where there are threads, and before the program ends.
         """
         if not self._running:
             return

@@ -9,6 +9,7 @@ Linux: fcntl(F_SETLEASE), /proc/meminfo, the memory cgroups, /proc/pressure/memo
 
 from __future__ import annotations
 
+import atexit
 import errno
 import functools
 import os
@@ -232,6 +233,10 @@ class Recycler:
         self._blocks.remove(block)
         self._kept -= block.size
 
+    def end_watch(self) -> None:
+        """Have the watching thread end, where there is nothing to watch."""
+        self._watch.end()
+
     # -- the faces -------------------------------------------------------------------------------
 
     def trim(self, to_bytes: int) -> int:
@@ -271,16 +276,23 @@ _hooked = False
 
 
 def _hook() -> None:
-    """See to forks: both processes would hold what is kept, so the parent lets go of it."""
+    """See to forks and to the end of the program."""
     global _hooked
     if not _hooked:
         _hooked = True
-        os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
+        os.register_at_fork(before=_give_all_back, after_in_child=_after_fork)
+        atexit.register(_at_end)
 
 
-def _before_fork() -> None:
+def _give_all_back() -> None:
+    """Before a fork: both processes would hold what is kept."""
     trim()
-    _recycler._watch.end()
+    _recycler.end_watch()
+
+
+def _at_end() -> None:
+    configure(limit=0)
+    _give_all_back()
 
 
 def _after_fork() -> None:
@@ -296,6 +308,7 @@ def take(want: Want) -> tuple[OwnedObject, _core.MappedMemory, int] | None:
     """Give kept memory that fits, cleared as wanted: object, addresses, where it begins in them."""
     if _recycler.settings.limit == 0 or want.capacity < SMALLEST:
         return None
+    _hook()
     return _recycler.take(want)
 
 

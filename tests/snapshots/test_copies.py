@@ -245,12 +245,21 @@ def test_a_fault_while_copying_leaves_the_source() -> None:
         check_copied(buffer, data, SnapshotReason.SHARED)
 
 
-def test_a_fault_while_copying_changes_leaves_the_source() -> None:
+def test_a_fault_while_copying_changes_leaves_the_source(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_space(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     with a_buffer() as (buffer, data), buffer.snapshot() as frozen:
         buffer.write_bytes(0, b"x")
-        for call in ("copy_words", "map_memory"):
+        for call in ("copy_words", "reserve_memory"):
             with failing(call, errno.ENOMEM, times=None), pytest.raises(OSError):
                 buffer.snapshot()
+        with monkeypatch.context() as patch, pytest.raises(AllocationError) as caught:
+            patch.setattr(os, "pwrite", no_space)
+            buffer.snapshot()
+        assert caught.value.errno == errno.ENOSPC
         with buffer.snapshot() as later:
             assert later.read_bytes() == b"x" + data[1:]
         assert frozen.read_bytes() == data

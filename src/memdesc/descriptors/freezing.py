@@ -17,20 +17,23 @@ from memdesc.descriptors.copy_on_write import (
     allocate_like,
     empty_page_table,
 )
-from memdesc.errors import SealedError
+from memdesc.errors import AllocationError, MemdescError, SealedError, describe_errno
 from memdesc.mapping import Extent
 from memdesc.memory.allocation import Allocation, Request
 from memdesc.memory.lifecycle import State
+from memdesc.memory.limits import check_available
 from memdesc.memory.memfd import OwnedObject
 from memdesc.memory.page_kinds import PageKind
 from memdesc.memory.populate import in_parallel
 from memdesc.vm.changes import Run
-from memdesc.vm.pages import Access, round_page
+from memdesc.vm.pages import Access, page_size, round_page
 
 _MOST_RUNS = 499
 """Changed runs that a snapshot keeps apart: they make a thousand extents with those between."""
-_STEP = 4 << 20
+_STEP = 1 << 20
 _MOST_WORKERS = 8
+_BOUNCE = 128 << 10
+"""Bytes read word by word and then written: they stay in the processor's cache."""
 
 Reader = Callable[[int, memoryview], None]
 """Copies bytes from an offset into a buffer. Called by several threads at once."""
@@ -116,7 +119,10 @@ def _with_changes(whole: Extent, runs: Sequence[Run], read: Reader) -> Frozen:
             (start + at, place + at, min(_STEP, nbytes - at)) for at in range(0, nbytes, _STEP)
         ]
         size = place + nbytes
-    copies = _frozen(_filled(read, steps, frozen, size, frozen.name, frozen.pages))
+    if frozen.page_size == page_size:
+        copies = _frozen(_written(read, steps, size, frozen.name))
+    else:  # such files have no write()
+        copies = _frozen(_filled(read, steps, frozen, size, frozen.name, frozen.pages))
     extents, at = [], 0
     for (start, nbytes), place in zip(runs, places, strict=True):
         if at < start:
@@ -149,13 +155,55 @@ def _filled(
                 with into[to : to + nbytes] as part:
                     read(start, part)
 
-            workers = min(len(os.sched_getaffinity(0)), _MOST_WORKERS, len(steps))
-            in_parallel(work, len(steps), 1, workers)
+            _in_parallel(work, len(steps))
         empty_page_table(allocation.address, object_.size, object_.page_size)
     except BaseException:
         object_.close()
         raise
     return object_
+
+
+def _written(
+    read: Reader, steps: Sequence[tuple[int, int, int]], size: int, name: str
+) -> OwnedObject:
+    """Copy into new base pages by write(), which neither clears nor maps them first."""
+    doing = f"copying {size:,} changed bytes of {name!r} for a snapshot"
+    check_available(size, doing)
+    object_ = OwnedObject(name, round_page(size), pages=PageKind.BASE, max_access=Access.READ_ONLY)
+
+    def work(index: int, _: int) -> None:
+        start, to, nbytes = steps[index]
+        with memoryview(bytearray(min(nbytes, _BOUNCE))) as words:
+            for at in range(0, nbytes, _BOUNCE):
+                with words[: nbytes - at] as part:
+                    read(start + at, part)
+                    _write(object_.own_fd(), part, to + at)
+
+    try:
+        _in_parallel(work, len(steps))
+    except OSError as error:
+        object_.close()
+        if isinstance(error, MemdescError):
+            raise
+        raise AllocationError(
+            f"{doing}: {describe_errno(error)}; free memory, or close snapshots",
+            errno=error.errno,
+            requested=size,
+        ) from error
+    except BaseException:
+        object_.close()
+        raise
+    return object_
+
+
+def _write(fd: int, part: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(part):
+        done += os.pwrite(fd, part[done:], offset + done)
+
+
+def _in_parallel(work: Callable[[int, int], None], count: int) -> None:
+    in_parallel(work, count, 1, min(len(os.sched_getaffinity(0)), _MOST_WORKERS, count))
 
 
 def _frozen(object_: OwnedObject) -> OwnedObject:

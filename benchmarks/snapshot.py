@@ -134,12 +134,16 @@ def measure(nbytes: int, pages: md.PageKind, rounds: int) -> dict[str, dict[str,
 
 def targets(results: dict[str, Any], pages: md.PageKind, factor: float) -> dict[str, bool]:
     checks = {}
-    copied = results[f"{pages.value}: copied by hand"]["median"]
     for name, wanted in (("free", factor), ("1% changed", 10.0)):
-        ratio = copied / results[f"{pages.value}: {name}"]["median"]
-        met = "met" if ratio >= wanted else "not met"
-        text = f"{pages.value} pages, {name}: {ratio:.1f} times as fast as copying by hand, "
-        checks[text + f"at least {wanted:.1f} wanted: {met}"] = ratio >= wanted
+        for slow in ("copied by hand", "copied snapshot"):
+            row = results.get(f"{pages.value}: {slow}")
+            if row is None:
+                print(f"skipped: {slow}: nothing was recycled")
+                continue
+            ratio = row["median"] / results[f"{pages.value}: {name}"]["median"]
+            met = "met" if ratio >= wanted else "not met"
+            text = f"{pages.value} pages, {name}: {ratio:.1f} times as fast as {slow}, "
+            checks[text + f"at least {wanted:.1f} wanted: {met}"] = ratio >= wanted
     return checks
 
 

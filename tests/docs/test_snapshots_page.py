@@ -25,4 +25,4 @@ def test_the_benchmark_runs():
         command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
     )
     assert done.returncode in (0, 1), done.stderr  # what it says of speed is the machine's
-    assert "times as fast as copying by hand" in done.stdout, done.stderr
+    assert "times as fast as copied by hand" in done.stdout, done.stderr

@@ -66,7 +66,7 @@ def ours(sizes: dict[str, int], rounds: int, repeat: int) -> dict[str, dict[str,
                 return (int(cells[1]) - start) / 1e6
 
         def make(name: str, nbytes: int) -> md.BufferMemoryDescriptor:
-            return md.BufferMemoryDescriptor(nbytes, name=name)
+            return md.BufferMemoryDescriptor(nbytes, pages=md.PageKind.BASE, name=name)
 
         warm_up = make("warm-up", 4096)
         for _ in range(rounds):

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from huge_pool import pool_as_it_is
 
 from memdesc.testing import LeakKind, leak_guard
 
@@ -41,6 +42,13 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 @pytest.fixture(autouse=True)
+def huge_page_pool() -> Iterator[None]:
+    """The pool of huge pages, which `pages=AUTO` takes of, is filled by no other test meanwhile."""
+    with pool_as_it_is():
+        yield
+
+
+@pytest.fixture(autouse=True)
 def runtime_dir() -> Iterator[Path]:
     """Services of a test live in a folder of its own (short: a socket's path has 107 bytes)."""
     folder = tempfile.mkdtemp(prefix="md-")
@@ -55,7 +63,9 @@ def runtime_dir() -> Iterator[Path]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_behind(request: pytest.FixtureRequest, runtime_dir: Path) -> Iterator[None]:
+def nothing_left_behind(
+    request: pytest.FixtureRequest, runtime_dir: Path, huge_page_pool: None
+) -> Iterator[None]:
     """Fail a test that leaves something behind. Not one that failed: its frames hold on."""
     allow: set[LeakKind] = set()
     for mark in request.node.iter_markers("leaves"):

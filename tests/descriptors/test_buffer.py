@@ -6,11 +6,11 @@ import errno
 import gc
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from children import in_child, limit_locking
+from huge_pool import free_pages, huge_pages
 
 from memdesc import (
     Access,
@@ -302,28 +302,15 @@ def test_wiring_past_the_limit() -> None:
 
 # ── Huge pages ───────────────────────────────────────────────────────────────────────────────
 
-POOL = Path("/proc/sys/vm/nr_hugepages")
 HUGE = PageKind.HUGE.page_size
 
 
 @pytest.fixture
 def huge_pool() -> Iterator[None]:
     """Four huge pages in the pool, or skip; the pool is put back."""
-    if not HUGE:
-        pytest.skip("this kernel has no huge pages")
-    before = POOL.read_text()
-    try:
-        POOL.write_text(str(int(before) + 4))
-    except OSError as error:
-        pytest.skip(f"the pool of huge pages can not be filled: {error.strerror}")
-    try:
-        got = int(POOL.read_text())
-        if got < int(before) + 4:
-            pytest.skip(f"only {got} huge pages could be had")
+    with huge_pages(4):
         yield
         gc.collect()
-    finally:
-        POOL.write_text(before)
 
 
 @pytest.mark.alone
@@ -359,7 +346,7 @@ def test_an_exhausted_pool_is_an_error_at_creation(huge_pool: None) -> None:
 
 
 def test_an_empty_pool_is_an_error_at_creation() -> None:
-    if HUGE and int(POOL.read_text()):
+    if free_pages():
         pytest.skip("the pool of huge pages is not empty")
     with pytest.raises(AllocationError) as caught:
         BufferMemoryDescriptor(1, pages=PageKind.HUGE)

@@ -25,6 +25,7 @@ from memdesc import (
     copyio,
     page_size,
 )
+from memdesc.copyio import copiers
 from memdesc.memory import memfd
 from memdesc.memory.memfd import OwnedObject
 from memdesc.services import folder
@@ -232,16 +233,16 @@ def test_the_collector_may_end_a_connection_while_a_copier_is_registered(
             copyio.unregister_copier(task, dropped)  # as a finalizer does, at any moment
             return super().setdefault(key, default)
 
-    monkeypatch.setattr(copyio, "_copiers", Interrupted({task: [dropped]}))
+    monkeypatch.setattr(copiers, "_copiers", Interrupted({task: [dropped]}))
     thread = threading.Thread(target=copyio.register_copier, args=(task, fresh), daemon=True)
     thread.start()
     thread.join(20)
     assert not thread.is_alive()
-    assert copyio._copiers == {task: [fresh]}
+    assert copiers._copiers == {task: [fresh]}
 
 
 def test_copiers_are_registered_in_a_fork_child_too() -> None:
-    with md.Service("first"), held(copyio._copiers_lock):
+    with md.Service("first"), held(copiers._copiers_lock):
         in_child(lambda: copyio.register_copier(md.Task.current(), NoCopier()), timeout=20)
 
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from programs import Start, huge_memfd, mapped, start_program
+from huge_pool import huge_pages
+from programs import Start, huge_memfd, start_program
 
 from memdesc.vm.task import Task
-
-_POOL = Path("/proc/sys/vm/nr_hugepages")
 
 
 @pytest.fixture
@@ -25,33 +22,9 @@ def own() -> Iterator[Task]:
 
 @pytest.fixture
 def huge_page() -> Iterator[int]:
-    """The size of a huge page of which at least one is free: the pool grows by it, and back."""
-    before = _POOL.read_text()
-    try:
-        _POOL.write_text(str(int(before) + 2))
-    except OSError as error:
-        if not _one_is_free():
-            pytest.skip(f"no huge page is free, and the pool can not grow: {error}")
-    try:
-        if not _one_is_free():
-            pytest.skip("no huge page is free: the machine's memory is too fragmented")
-        with huge_memfd(0) as fd:
-            size = os.fstat(fd).st_blksize
-        yield size
-    finally:
-        if _POOL.read_text() != before:
-            _POOL.write_text(before)
-
-
-def _one_is_free() -> bool:
-    with huge_memfd(0) as fd:
-        size = os.fstat(fd).st_blksize
-        os.ftruncate(fd, size)
-        try:
-            with mapped(size, mmap.MAP_SHARED, fd):
-                return True
-        except OSError:
-            return False
+    """The size of a huge page, of which two are free."""
+    with huge_pages(2), huge_memfd(0) as fd:
+        yield os.fstat(fd).st_blksize
 
 
 @pytest.fixture

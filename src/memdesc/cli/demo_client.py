@@ -35,7 +35,10 @@ def driver(name: str) -> None:
     """Listing 1: allocate a buffer that can be shared, and share it."""
     count, height, width, colours = FRAME_SHAPE
     frames = md.BufferMemoryDescriptor(
-        count * height * width * colours, direction=md.Direction.OUT_IN, name="frames"
+        count * height * width * colours,
+        direction=md.Direction.OUT_IN,
+        pages=md.PageKind.BASE,  # others are not in Shmem, by which the last act counts
+        name="frames",
     )
     view = memoryview(frames)
     view[:: md.page_size] = bytes(n % 251 for n in range(len(view[:: md.page_size])))
@@ -121,8 +124,9 @@ def wirer(limit: int) -> None:
     """Wire two buffers as one, of which the second does not fit under the limit."""
     dropped = _drop_lock_capability()
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, limit))
-    small = md.BufferMemoryDescriptor(limit // 4, name="fits")
-    large = md.BufferMemoryDescriptor(limit * 4, name="too-large")
+    base = md.PageKind.BASE  # reserved huge pages are always wired
+    small = md.BufferMemoryDescriptor(limit // 4, pages=base, name="fits")
+    large = md.BufferMemoryDescriptor(limit * 4, pages=base, name="too-large")
     both = md.MultiMemoryDescriptor([small, large])
     answer: Answer = {"capability_dropped": dropped, "asked": both.length, "limit": limit}
     own = md.Task.current()

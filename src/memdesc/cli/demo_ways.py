@@ -73,7 +73,11 @@ class MemdescDriver:
         """Read each file into a buffer of its own."""
         for path in paths:
             with path.open("rb", buffering=0) as file:
-                buffer = md.BufferMemoryDescriptor(path.stat().st_size, name=path.name[:100])
+                buffer = md.BufferMemoryDescriptor(
+                    path.stat().st_size,
+                    pages=md.PageKind.BASE,  # as the other ways have
+                    name=path.name[:100],
+                )
                 self._buffers.append(buffer)
                 rest = memoryview(buffer)
                 while rest and (done := file.readinto(rest)):

@@ -23,7 +23,7 @@ from memdesc import (
     page_size,
     recycler,
 )
-from memdesc.memory.recycler import SMALLEST, Refusal
+from memdesc.memory.kept import Refusal
 
 SIZE = 256 * KIB
 RO, RW = Access.READ_ONLY, Access.READ_WRITE
@@ -231,11 +231,23 @@ def test_what_is_not_to_be_kept_goes(options: dict[str, bool]) -> None:
     assert refused() == {}
 
 
-def test_small_buffers_are_not_worth_it() -> None:
-    freed(SMALLEST - page_size)
-    assert statistics().kept_blocks == 0
-    freed(SMALLEST)
+def test_what_a_garbage_cycle_still_views_is_recycled_too() -> None:
+    """The buffer was closed long before: all that is left of it is in one garbage."""
+    buffer = BufferMemoryDescriptor(SIZE)
+    cycle: list[object] = [memoryview(buffer), buffer.memory]
+    cycle.append(cycle)
+    buffer.close()
+    del buffer, cycle
+    gc.collect()
     assert statistics().kept_blocks == 1
+    with BufferMemoryDescriptor(SIZE):
+        assert statistics().hits == 1
+
+
+def test_the_smallest_buffer_is_recycled_too() -> None:
+    identity = freed(1)
+    with BufferMemoryDescriptor(page_size) as buffer:
+        assert identity_of(buffer) == identity
 
 
 def test_what_was_granted_is_not_kept() -> None:

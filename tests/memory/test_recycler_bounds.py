@@ -7,6 +7,7 @@ import gc
 import os
 import resource
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 from children import in_child
@@ -18,11 +19,12 @@ from memdesc import (
     InvalidArgument,
     PageKind,
     _core,
+    page_size,
     recycler,
 )
 from memdesc.memory.kept import Refusal, Settings
 from memdesc.memory.limits import Available
-from memdesc.memory.recycler import MOST_BLOCKS, SMALLEST
+from memdesc.memory.recycler import MOST_BLOCKS
 from memdesc.testing.faults import failing
 
 SIZE = 256 * KIB
@@ -54,13 +56,23 @@ def test_the_oldest_goes_first() -> None:
 
 
 def test_each_block_is_a_descriptor_so_they_are_few() -> None:
-    before = len(os.listdir("/proc/self/fd"))
-    buffers = [BufferMemoryDescriptor(SMALLEST) for _ in range(MOST_BLOCKS + 5)]
-    for buffer in buffers:
-        buffer.close()
-    del buffer, buffers
+    buffers = [BufferMemoryDescriptor(page_size) for _ in range(MOST_BLOCKS + 5)]
+    while buffers:
+        buffers.pop().close()
     assert statistics().kept_blocks == MOST_BLOCKS
-    assert len(os.listdir("/proc/self/fd")) == before + MOST_BLOCKS
+    paths = []
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # the listing's own, closed since
+            paths.append(os.readlink(f"/proc/self/fd/{name}"))
+    assert paths.count("/memfd:memdesc (deleted)") == MOST_BLOCKS
+
+
+def test_many_small_ones_do_not_drive_out_a_large_one() -> None:
+    freed(MIB)
+    buffers = [BufferMemoryDescriptor(page_size) for _ in range(MOST_BLOCKS + 5)]
+    while buffers:
+        buffers.pop().close()
+    assert statistics().sizes == {MIB: 1, page_size: MOST_BLOCKS - 1}
 
 
 def test_what_is_larger_than_the_limit_does_not_drive_out_the_rest() -> None:
@@ -178,7 +190,7 @@ def test_the_descriptors_that_are_kept_are_there_for_the_next_buffer() -> None:
     def exhausted() -> tuple[int, int]:
         recycler.configure(limit=MIB)
         for name in "ab":
-            freed(SMALLEST, name=name)
+            freed(page_size, name=name)
         kept = statistics().kept_blocks
         taken = []
         try:

@@ -38,6 +38,7 @@ from memdesc import (
     MultiMemoryDescriptor,
     SubMemoryDescriptor,
     page_size,
+    recycler,
 )
 from memdesc.vm.pages import page_span
 
@@ -92,6 +93,7 @@ class Machine(RuleBasedStateMachine):
         self.reals: dict[Node, Any] = {}
         self.mapped: list[Mapped] = []
         self.remote: list[Mapped] = []
+        recycler.trim()
         self.base = mapped_bytes("self"), locked_bytes()
         self.steps = 0
         first = self.create(2 * P, writable=True, lazy=False)
@@ -415,6 +417,7 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_left_over(self) -> None:
+        recycler.trim()
         buffers = [n for n in self.reals if n.kind == "buffer" and not n.closed]
         memfds = Counter({f"/memfd:{NAME} (deleted)": len(buffers)} if buffers else {})
         becomes(kinds_of_fds, world.fds + memfds)
@@ -440,6 +443,7 @@ class Machine(RuleBasedStateMachine):
         for real in self.reals.values():
             real.close()
         world.puppet.do("maps.clear()")
+        recycler.trim()
         assert (mapped_bytes("self"), locked_bytes()) == self.base
         becomes(kinds_of_fds, world.fds)
         wait_until(lambda: mapped_bytes(world.puppet.pid) == 0)

@@ -188,13 +188,15 @@ def attach(allocation: Allocation, used: int) -> int:
         object_,
         Request(used, object_.pages, object_.max_access, name=object_.name, reserve=reserve),
     )
+    # Its addresses are about to show other memory: if interrupted, they must not be recycled.
+    kind, fresh.kind = fresh.kind, None
     frozen = object_.frozen
     try:
         with replacing(allocation.address, size):
             object_.doubt()
             _exchange(fresh, allocation, used)
             object_.adopt(fresh.give_object())
-            allocation.kind = fresh.kind
+            allocation.kind = kind
     except MemdescError:
         raise
     except OSError as error:

@@ -125,7 +125,7 @@ def fits(block: Block, want: Want) -> bool:
         return False  # the source of a snapshot, moved to what memory there was
     return (
         block.kind == want.kind
-        and needed <= block.size <= min(needed * _LONGEST_FIT, 2 * want.capacity)
+        and needed <= block.size <= min(needed * _LONGEST_FIT, 2 * round_page(want.capacity))
         and (block.memory.address + block.start) % want.alignment == 0
     )
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import atexit
 import errno
-import functools
 import os
 import sys
 import time
@@ -43,8 +42,6 @@ from memdesc.vm.pages import check_integer
 
 __all__ = ["Contents", "RecyclerStatistics", "Refusal", "configure", "statistics", "trim"]
 
-SMALLEST = 64 << 10
-"""Bytes below which a fresh buffer costs about what a kept one does, a descriptor not counted."""
 MOST_BLOCKS = 64
 """Each holds a file descriptor, of 1,024 that a process may have by default."""
 _MOST_BYTES = 1 << 30
@@ -174,13 +171,20 @@ class Recycler:
         self._room = time.monotonic(), room
 
     def _shrink(self, most: int) -> int:
-        """Drop the oldest until `most` bytes are left; tell how many were dropped."""
+        """Drop the oldest until `most` bytes are left; tell how many were dropped.
+
+        Where it is the number of blocks that is too large, a smallest one: it is made anew soonest.
+        """
         before = self._kept
         while self._blocks and (self._kept > most or len(self._blocks) > MOST_BLOCKS):
-            block = self._blocks[0]
+            first = 0 if self._kept > most else self._smallest()
+            block = self._blocks[first]
             self._remove(block)
             self._drop(block)
         return before - self._kept
+
+    def _smallest(self) -> int:
+        return min(range(len(self._blocks)), key=lambda index: self._blocks[index].size)
 
     def _look(self) -> bool:
         """Look at the machine, as the watching thread; False when nothing is left to watch."""
@@ -306,7 +310,7 @@ def _after_fork() -> None:
 
 def take(want: Want) -> tuple[OwnedObject, _core.MappedMemory, int] | None:
     """Give kept memory that fits, cleared as wanted: object, addresses, where it begins in them."""
-    if _recycler.settings.limit == 0 or want.capacity < SMALLEST:
+    if _recycler.settings.limit == 0:
         return None
     _hook()
     return _recycler.take(want)
@@ -317,7 +321,7 @@ def offer(kind: Kind, object_: OwnedObject, memory: _core.MappedMemory, start: i
 
     Then the caller closes the object as ever. Else it is closed by now, for everyone.
     """
-    if sys.is_finalizing() or _recycler.settings.limit == 0 or object_.size < SMALLEST:
+    if sys.is_finalizing() or _recycler.settings.limit == 0:
         return False
     if refusal := _recycler.refusal(object_):
         _recycler.hand_in(refusal)
@@ -325,19 +329,36 @@ def offer(kind: Kind, object_: OwnedObject, memory: _core.MappedMemory, start: i
     _hook()
     if not object_.retire():
         return False
-    memory.leave_to(functools.partial(_inherit, kind, object_, start))
+    memory.leave_to(_Heir(kind, object_, start))
     return True
 
 
-def _inherit(
-    kind: Kind,
-    object_: OwnedObject,
-    start: int,
-    memory: _core.MappedMemory,
-    ending: Callable[[], bool] = sys.is_finalizing,  # bound: modules are taken apart at the end
-) -> None:
-    if not ending():
-        _recycler.hand_in(Block(kind, object_, memory, start))
+_heirs: set[_Heir] = set()
+
+
+class _Heir:
+    """Takes over the addresses of a closed buffer when its last view is gone.
+
+    Held from here until then: of an heir or an object in its garbage the collector would leave an
+    empty shell.
+    """
+
+    __slots__ = ("_kind", "_object", "_start")
+
+    def __init__(self, kind: Kind, object_: OwnedObject, start: int) -> None:
+        self._kind = kind
+        self._object = object_
+        self._start = start
+        _heirs.add(self)
+
+    def __call__(
+        self,
+        memory: _core.MappedMemory,
+        ending: Callable[[], bool] = sys.is_finalizing,  # bound: modules are taken apart at the end
+    ) -> None:
+        if not ending():
+            _heirs.discard(self)
+            _recycler.hand_in(Block(self._kind, self._object, memory, self._start))
 
 
 # -- for the program ---------------------------------------------------------------------------
@@ -377,6 +398,8 @@ def _check_limit(limit: int) -> int:
     limit = check_integer(limit, "limit")
     if limit < 0:
         raise InvalidArgument(f"limit is {limit}: give bytes, or 0 to keep nothing")
+    if not limit:
+        return 0
     room = available()
     most = room.nbytes + _recycler.statistics().kept_bytes
     if limit > most:

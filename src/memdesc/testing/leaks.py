@@ -95,7 +95,8 @@ class Resources:
 
     @classmethod
     def now(cls) -> Resources:
-        """Read them."""
+        """Read them. What the recycler keeps is given back first: it is no leak."""
+        trim()
         return cls(
             fds=_read_fds(),
             mappings=_read_mappings(),
@@ -288,8 +289,6 @@ def _is_same(fd: Path, file: os.stat_result) -> bool:
 def leak_guard(*, allow: Collection[LeakKind] = (), settle: float = 1.0) -> Iterator[None]:
     """Raise `LeakError` if the block leaves anything behind in this process.
 
-    Before and after, `memdesc.recycler.trim` gives back what is kept on purpose.
-
     Parameters
     ----------
     allow : collection of LeakKind
@@ -313,7 +312,6 @@ def leak_guard(*, allow: Collection[LeakKind] = (), settle: float = 1.0) -> Iter
     >>> for end in ends:
     ...     os.close(end)
     """
-    trim()  # what the recycler keeps is no leak
     before = Resources.now()
     yield
     deadline = time.monotonic() + settle
@@ -326,5 +324,4 @@ def leak_guard(*, allow: Collection[LeakKind] = (), settle: float = 1.0) -> Iter
 
 
 def _leaks_since(before: Resources, allow: Collection[LeakKind]) -> list[Leak]:
-    trim()
     return [leak for leak in find_leaks(before, Resources.now()) if leak.kind not in allow]

@@ -279,7 +279,10 @@ def test_the_io_thread_lasts_by_design_and_services_do_not(runtime_dir: Path) ->
     assert (result.stdout, result.stderr) == ("['fd', 'socket']\n", "")
 
 
-def test_the_fixture_guards_every_test(pytester: pytest.Pytester) -> None:
+def test_the_fixture_guards_every_test(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # what the conftest imports
     pytester.makeconftest(Path(__file__).with_name("conftest.py").read_text())
     pytester.makepyfile(
         """

@@ -133,15 +133,7 @@ class OwnedObject:
     """
 
     def __init__(self, name: str, size: int, *, pages: PageKind, max_access: Access) -> None:
-        self.name = name
-        self.size = size
-        self.pages = pages
-        self.page_size = pages.page_size
-        self.lifecycle = Lifecycle(max_access)
-        self._fd = self._remains = -1
-        self._frozen: OwnedObject | None = None
-        self._attach: Callable[[], None] | None = None
-        self._lock = lock_for(self)
+        self._begin(name, size, pages, Lifecycle(max_access))
         self._fd = _create(name, size, pages)
         try:
             status = os.fstat(self._fd)
@@ -150,6 +142,24 @@ class OwnedObject:
             self.close()
             raise
         _objects[self.identity] = self
+
+    def _begin(self, name: str, size: int, pages: PageKind, lifecycle: Lifecycle) -> None:
+        self.name = name
+        self.size = size
+        self.pages = pages
+        self.page_size = pages.page_size
+        self.lifecycle = lifecycle
+        self._fd = self._remains = -1
+        self._frozen: OwnedObject | None = None
+        self._attach: Callable[[], None] | None = None
+        self._lock = lock_for(self)
+
+    def _sibling(self, lifecycle: Lifecycle) -> OwnedObject:
+        """Make another object for the same memory, which has no descriptor yet."""
+        other = OwnedObject.__new__(OwnedObject)
+        other._begin(self.name, self.size, self.pages, lifecycle)
+        other.identity = self.identity
+        return other
 
     @property
     def max_access(self) -> Access:
@@ -260,12 +270,10 @@ class OwnedObject:
         This one is detached from here on: who needs its descriptor has `attach` called first,
         which brings it new memory by `adopt`.
         """
-        frozen = OwnedObject.__new__(OwnedObject)
-        frozen.__dict__.update(self.__dict__)
-        frozen._lock = lock_for(frozen)
-        frozen.lifecycle = Lifecycle(Access.READ_ONLY)
+        frozen = self._sibling(Lifecycle(Access.READ_ONLY))
         with self._lock:
-            self._fd, self._frozen, self._attach = -1, frozen, attach
+            frozen._fd, self._fd = self._fd, -1
+            self._frozen, self._attach = frozen, attach
             self.lifecycle.detach()
             _objects[self.identity] = frozen
         return frozen
@@ -285,10 +293,10 @@ class OwnedObject:
         It may be larger; the size stays that of the owner's view.
         """
         with self._lock, other._lock:
-            kept = {name: getattr(self, name) for name in ("name", "size", "_lock")}
-            kept |= {"_frozen": None, "_attach": None}
-            self.__dict__.update(other.__dict__ | kept)
-            other._fd = -1
+            self.pages, self.page_size = other.pages, other.page_size
+            self.identity, self.lifecycle = other.identity, other.lifecycle
+            self._frozen = self._attach = None
+            self._fd, other._fd = other._fd, -1
             _objects[self.identity] = self
 
     def doubt(self, frozen: OwnedObject | None = None) -> None:
@@ -370,11 +378,7 @@ class OwnedObject:
         A new object: who still holds this one, which stays closed, does not reach that buffer.
         Never waits for a lock.
         """
-        next_ = OwnedObject.__new__(OwnedObject)
-        next_.__dict__.update(self.__dict__)
-        next_._fd = next_._remains = -1
-        next_._lock = lock_for(next_)
-        next_.lifecycle = self.lifecycle.successor(max_access)
+        next_ = self._sibling(self.lifecycle.successor(max_access))
         free = self._lock.acquire(blocking=False)
         try:
             if not free or self._remains < 0:

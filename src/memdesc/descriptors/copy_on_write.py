@@ -12,6 +12,7 @@ Everything is decided before anything is touched: replaced and put back, stores 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import mmap
@@ -28,7 +29,7 @@ from memdesc.memory.lease import held_by_others
 from memdesc.memory.lifecycle import State
 from memdesc.memory.memfd import OwnedObject
 from memdesc.memory.page_kinds import PageKind
-from memdesc.memory.populate import in_parallel
+from memdesc.memory.populate import in_parallel, workers_for
 from memdesc.memory.recycler import Contents
 from memdesc.vm.changes import Run, changed_runs
 from memdesc.vm.forks import no_fork
@@ -41,7 +42,6 @@ log = logging.getLogger("memdesc.descriptors")
 
 _WORTH = 16 << 20
 """Bytes of base pages for which another thread pays."""
-_MOST_WORKERS = 8
 _PATIENCE = 1.0
 """Seconds for which pinned pages, or a child between fork and exec, may hold up a seal."""
 
@@ -95,41 +95,49 @@ def detach(
     empty_page_table(allocation.address, size, object_.page_size)
     with no_fork(), replacing(allocation.address, size) as wired:
         reason = why_not_free(object_, prepared=prepared or wired)
-        if reason is not None:
-            return reason
-        prot = _core.PROT_READ | _core.PROT_WRITE
-        try:
-            private = _core.map_memory(0, size, prot, _core.MAP_PRIVATE, object_.own_fd(), 0)
-        except OSError:
-            return SnapshotReason.NO_MEMORY
-        if _is_populated(private.address):
-            return SnapshotReason.WIRED
-        object_.split(attach)
-        try:
-            _core.move_memory(private, 0, size, allocation.memory, allocation.start)
-        except OSError:
-            object_.rejoin()
-            return SnapshotReason.NO_MEMORY
+        if reason is None:
+            reason = _replace(allocation, attach)
+    if reason is not None:  # the view stays, and is again a mapping like any other
+        with contextlib.suppress(OSError):
+            _core.madvise(allocation.address, size, mmap.MADV_NORMAL)
+    return reason
+
+
+def _replace(allocation: Allocation, attach: Callable[[], None]) -> SnapshotReason | None:
+    object_, size = allocation.object, allocation.object.size
+    prot = _core.PROT_READ | _core.PROT_WRITE
+    try:
+        private = _core.map_memory(0, size, prot, _core.MAP_PRIVATE, object_.own_fd(), 0)
+    except OSError:
+        return SnapshotReason.NO_MEMORY
+    if _is_populated(private.address):
+        return SnapshotReason.WIRED
+    object_.split(attach)
+    try:
+        _core.move_memory(private, 0, size, allocation.memory, allocation.start)
+    except OSError:
+        object_.rejoin()
+        return SnapshotReason.NO_MEMORY
     return None
 
 
 def empty_page_table(address: int, size: int, granule: int) -> None:
-    """Take shared pages out of the page table on several CPUs; they stay in their object.
+    """Take shared pages out of the page table; they stay in their object.
 
     Unmapping would do it on one CPU, with the whole address space locked: most of what it costs.
-    Who stores meanwhile faults his page in again.
+    As for a mapping that is read at random, the kernel then does not note of each page that it was
+    used lately, which would take as long again. Who stores meanwhile faults his page in again.
     """
-    workers = min(len(os.sched_getaffinity(0)), _MOST_WORKERS, size // _WORTH)
-    if workers < 2 or granule > page_size:
+    if granule > page_size:
         return
+    workers = max(workers_for(size, _WORTH), 1)
 
     def work(offset: int, length: int) -> None:
         _core.madvise(address + offset, length, mmap.MADV_DONTNEED)
 
-    try:
+    with contextlib.suppress(OSError):  # it only saves time
+        _core.madvise(address, size, mmap.MADV_RANDOM)
         in_parallel(work, size, _WORTH // 2, workers)
-    except OSError:
-        return  # it only saves time
 
 
 def _is_populated(address: int) -> bool:

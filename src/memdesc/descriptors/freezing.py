@@ -24,14 +24,13 @@ from memdesc.memory.lifecycle import State
 from memdesc.memory.limits import check_available
 from memdesc.memory.memfd import OwnedObject
 from memdesc.memory.page_kinds import PageKind
-from memdesc.memory.populate import in_parallel
+from memdesc.memory.populate import in_parallel, workers_for
 from memdesc.vm.changes import Run
 from memdesc.vm.pages import Access, page_size, round_page
 
 _MOST_RUNS = 499
 """Changed runs that a snapshot keeps apart: they make a thousand extents with those between."""
 _STEP = 1 << 20
-_MOST_WORKERS = 8
 _BOUNCE = 128 << 10
 """Bytes read word by word and then written: they stay in the processor's cache."""
 
@@ -203,7 +202,7 @@ def _write(fd: int, part: memoryview, offset: int) -> None:
 
 
 def _in_parallel(work: Callable[[int, int], None], count: int) -> None:
-    in_parallel(work, count, 1, min(len(os.sched_getaffinity(0)), _MOST_WORKERS, count))
+    in_parallel(work, count, 1, max(workers_for(count, 1), 1))
 
 
 def _frozen(object_: OwnedObject) -> OwnedObject:

@@ -27,7 +27,8 @@ class MemoryCgroup:
     used : int
         Bytes charged to it now, the file cache among them.
     file_cache : int
-        Bytes of cached files, which the kernel drops before it kills.
+        Bytes of cached files, which the kernel drops before it kills. Where there is no limit it
+        is 0: asking the kernel for it takes longer than all else here.
     """
 
     folder: Path
@@ -85,11 +86,12 @@ def _read_group(folder: Path, limit_file: str, used_file: str) -> MemoryCgroup |
     try:
         limit = (folder / limit_file).read_text().strip()
         used = int((folder / used_file).read_text())
+        if limit == "max" or int(limit) >= _UNLIMITED:
+            return MemoryCgroup(folder, None, used, 0)
         lines = (folder / "memory.stat").read_text().splitlines()
     except OSError:  # the root, a hierarchy without memory, or a folder that is hidden from us
         return None
     stat = dict(line.split(" ", 1) for line in lines)
     prefix = "total_" if "total_inactive_file" in stat else ""  # version 1: with those below
     cache = sum(int(stat.get(f"{prefix}{name}", 0)) for name in ("inactive_file", "active_file"))
-    number = None if limit == "max" or int(limit) >= _UNLIMITED else int(limit)
-    return MemoryCgroup(folder, number, used, cache)
+    return MemoryCgroup(folder, int(limit), used, cache)

@@ -5,6 +5,7 @@ Both hierarchies are read, version 1 and version 2, wherever they are mounted.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +26,10 @@ class MemoryCgroup:
     limit : int or None
         Bytes; None where it sets none.
     used : int
-        Bytes charged to it now, the file cache among them.
+        Bytes charged to it now, the file cache among them; not asked for where there is no limit
+        (0).
     file_cache : int
-        Bytes of cached files, which the kernel drops before it kills. Where there is no limit it
-        is 0: asking the kernel for it takes longer than all else here.
+        Bytes of cached files, which the kernel drops before it kills; as `used`.
     """
 
     folder: Path
@@ -43,17 +44,25 @@ def memory_cgroups() -> list[MemoryCgroup]:
     Linux: /proc/self/cgroup and the mounted hierarchies, no privilege. The root has no limit
     and is not among them; a container may show only a part, or nothing.
     """
-    kinds = _memberships(Path("/proc/self/cgroup").read_text())
+    # Each allocation asks: what is read is told apart, and only what is new is parsed.
+    texts = Path("/proc/self/cgroup").read_text(), Path("/proc/self/mountinfo").read_text()
+    found = (_read_group(folder, *_FILES[kind]) for kind, folder in _folders(*texts))
+    return [group for group in found if group]
+
+
+@functools.lru_cache(maxsize=4)
+def _folders(memberships: str, mountinfo: str) -> list[tuple[str, Path]]:
+    """Give (kind, folder) of each cgroup above this process, innermost first."""
+    kinds = _memberships(memberships)
     found = []
-    for kind, point, root in _mounts(Path("/proc/self/mountinfo").read_text()):
+    for kind, point, root in _mounts(mountinfo):
         path = kinds.get(kind)
         if path is None:
             continue
         inside = path[len(root) :] if root != "/" and path.startswith(root) else path
         folder = point / inside.lstrip("/")
         while folder.is_relative_to(point):
-            if group := _read_group(folder, *_FILES[kind]):
-                found.append(group)
+            found.append((kind, folder))
             folder = folder.parent
     return found
 
@@ -85,9 +94,9 @@ def _mounts(text: str) -> list[tuple[str, Path, str]]:
 def _read_group(folder: Path, limit_file: str, used_file: str) -> MemoryCgroup | None:
     try:
         limit = (folder / limit_file).read_text().strip()
-        used = int((folder / used_file).read_text())
         if limit == "max" or int(limit) >= _UNLIMITED:
-            return MemoryCgroup(folder, None, used, 0)
+            return MemoryCgroup(folder, None, 0, 0)
+        used = int((folder / used_file).read_text())
         lines = (folder / "memory.stat").read_text().splitlines()
     except OSError:  # the root, a hierarchy without memory, or a folder that is hidden from us
         return None

@@ -2,6 +2,7 @@
 
 * `ways`         `Way`, and the pure rules `way_for` and `way_to_copy`: sizes in, a way and its
                  reason out
+* `sizes`        `Thresholds`: the sizes themselves
 * `settings`     the thresholds that hold now: set by hand, measured, or the defaults
 * `measurement`  measures them on this machine, in about a second, when it is called
 
@@ -19,9 +20,9 @@ from memdesc.crossing.settings import (
     set_thresholds as set_thresholds,
     thresholds as thresholds,
 )
+from memdesc.crossing.sizes import Thresholds as Thresholds
 from memdesc.crossing.ways import (
     Choice as Choice,
-    Thresholds as Thresholds,
     Way as Way,
     way_for as way_for,
     way_to_copy as way_to_copy,

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from memdesc import _core
 from memdesc.crossing import giver
 from memdesc.crossing.settings import Calibration, Origin, set_thresholds
-from memdesc.crossing.ways import Thresholds, Way
+from memdesc.crossing.sizes import Thresholds
+from memdesc.crossing.ways import Way
 from memdesc.errors import (
     AllocationError,
     MemdescError,

@@ -26,7 +26,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from memdesc.crossing.ways import Thresholds
+from memdesc.crossing.sizes import Thresholds
 from memdesc.errors import InvalidArgument, MemdescError
 
 log = logging.getLogger("memdesc.crossing")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import Enum
 
+from memdesc.crossing.settings import thresholds as present_thresholds
+from memdesc.crossing.sizes import Thresholds
 from memdesc.errors import InvalidArgument
 from memdesc.vm.pages import Direction, check_integer
 
@@ -16,44 +18,6 @@ class Way(Enum):
     PROCESS_VM = "copied once by the kernel, process_vm_readv or process_vm_writev"
     MAPPING = "mapped, and used in place"
     COPY_ON_WRITE = "a snapshot, mapped: by value and not copied"
-
-
-@dataclass(frozen=True, slots=True)
-class Thresholds:
-    """The sizes at which one way becomes better than another. Bytes; None is never.
-
-    The defaults were measured: docs/copying.md has the figures and the machine.
-
-    Attributes
-    ----------
-    inline : int
-        Up to here a block goes in the message.
-    mapping : int or None
-        From here mapping a block and using it once in place takes less time than copying it
-        into new memory.
-    copy_on_write : int or None
-        From here a snapshot takes less time than a copy into new memory.
-    copy_by_mapping : int or None
-        From here `copyin` of mappable memory maps it, and copies from the mapping.
-
-    Raises
-    ------
-    InvalidArgument
-        A size below 0, or `inline` None.
-    """
-
-    inline: int = 4096
-    mapping: int | None = 128 << 10
-    copy_on_write: int | None = 128 << 10
-    copy_by_mapping: int | None = None
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is None and field.name != "inline":
-                continue
-            if isinstance(value, bool) or check_integer(value, field.name) < 0:
-                raise InvalidArgument(f"{field.name} is {value}: give bytes, 0 or more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,8 +183,4 @@ def _check(nbytes: int, direction: Direction) -> int:
 
 
 def _in_force(given: Thresholds | None) -> Thresholds:
-    if given is not None:
-        return given
-    from memdesc.crossing.settings import thresholds  # which knows this module
-
-    return thresholds()
+    return present_thresholds() if given is None else given

@@ -43,7 +43,12 @@ def finish(process: subprocess.Popen[str]) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("example", "driver"),
-    [("listing1", "driver.py"), ("listing1", "driver_iokit.py"), ("both_write", "driver.py")],
+    [
+        ("listing1", "driver.py"),
+        ("listing1", "driver_iokit.py"),
+        ("both_write", "driver.py"),
+        ("by_value", "driver.py"),
+    ],
 )
 def test_driver_and_client(example: str, driver: str) -> None:
     with start(example, driver) as one, start(example, "client.py") as other:

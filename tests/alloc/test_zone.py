@@ -415,6 +415,20 @@ def test_elements_are_made_by_zones_only() -> None:
     assert zone.collect() == before.current_size
 
 
+def test_an_element_made_past_its_init_is_of_no_zone() -> None:
+    bare = memdesc._core.ZoneElement.__new__(memdesc._core.ZoneElement)
+    zone = make()
+    with pytest.raises(BufferError):
+        memoryview(bare)
+    with pytest.raises(InvalidArgument):
+        zone.require(bare)
+    for use in (len, repr, zone.free, memdesc.io_free, lambda element: element.zone):
+        with pytest.raises(AttributeError):
+            use(bare)
+    assert not bare.living
+    assert balanced(zone)
+
+
 def test_wrong_types_in_the_core_do_not_crash() -> None:
     zone = make()
     with pytest.raises(TypeError):

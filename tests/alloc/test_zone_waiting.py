@@ -78,6 +78,26 @@ def test_the_last_view_wakes_a_waiter() -> None:
     assert waiter.error is None
 
 
+def test_the_last_view_that_an_exception_takes_along_wakes_a_waiter_too() -> None:
+    """A call of the core under a raised exception would fail, and undo both."""
+    zone = make(elements=1)
+    context = zone.element()
+    element = context.__enter__()
+    waiter = Waiter(zone)
+    waiting(zone, 1)
+
+    def leave() -> int:
+        context.__exit__(None, None, None)
+        assert not element.living
+        return 1 // 0
+
+    with pytest.raises(ZeroDivisionError):
+        max(memoryview(element), leave())  # the view is on the stack that is unwound
+    waiter.end()
+    assert waiter.error is None
+    assert zone.statistics().frees == 1
+
+
 def test_each_free_wakes_one_of_several_and_none_is_lost() -> None:
     zone = make(elements=4)
     elements = [zone.alloc() for _ in range(4)]

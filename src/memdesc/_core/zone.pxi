@@ -78,6 +78,7 @@ cdef enum:
 
 @cython.final
 @cython.no_gc
+@cython.nonecheck(True)  # ZoneElement.__new__, which Python code can call, gives one of no list
 cdef class ZoneElement:
     """An element of a zone: a writable buffer that counts its views.
 
@@ -141,10 +142,19 @@ cdef class ZoneElement:
         self.exports += 1
 
     def __releasebuffer__(self, Py_buffer *view):
+        cdef PyObject *kind
+        cdef PyObject *value
+        cdef PyObject *trace
         self.exports -= 1
         if self.state == LEAVING and not self.exports:
-            self.elements.zone.frees += 1
-            self.elements.give(self)
+            # Views go while an exception unwinds the stack, too; no call succeeds under it.
+            PyErr_Fetch(&kind, &value, &trace)
+            self.leave()
+            PyErr_Restore(kind, value, trace)
+
+    cdef void leave(self) noexcept:
+        self.elements.zone.frees += 1
+        self.elements.give(self)
 
     def __reduce__(self):
         raise TypeError(

@@ -284,8 +284,8 @@ class Zone(ChunkList):
             )
         if element.exports:
             raise BufferError(
-                f"element number {element.number} of {self!r} has {element.exports} views: release "
-                "them (memoryview.release, del of arrays) before it is freed"
+                f"element number {element.number} of {self!r} has {element.exports} live view(s): "
+                "release them (memoryview.release, del of arrays) before it is freed"
             )
         self.free(element)  # the views went meanwhile, in another thread
 

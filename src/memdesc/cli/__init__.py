@@ -21,7 +21,7 @@ def main() -> None:
             raise
         print(
             f"memdesc: the command line needs {error.name}, which is not installed: "
-            "pip install 'memdesc[cli]'",
+            "pip install 'memdesc[cli]', or '.[cli]' in a clone",
             file=sys.stderr,
         )
         sys.exit(2)

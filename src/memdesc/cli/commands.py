@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -60,7 +61,9 @@ def demo(files: tuple[Path, ...], as_json: bool, clients: int) -> None:
 
 
 @memdesc.command()
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout; told on stderr.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="One JSON object on stdout; the rest on stderr."
+)
 @click.option(
     "--calibrate", is_flag=True, help="Measure the thresholds anew (about a second); keep them."
 )
@@ -77,7 +80,8 @@ def doctor(as_json: bool, calibrate: bool) -> None:
             try:
                 with screen.calibrating() as progress:
                     found = crossing.calibrate(progress)
-                crossing.save_calibration(found)
+                path = crossing.save_calibration(found)
+                crossing.set_thresholds(replace(found, where=str(path)))
             except MemdescError as error:
                 failure = str(error)
         report = doctors.examine(failure)

@@ -368,5 +368,6 @@ def check_descriptor(value: object, what: str) -> MemoryDescriptor:
         return value
     raise InvalidArgument(
         f"{what} is of type {type(value).__name__}: give a MemoryDescriptor; "
-        "MemoryDescriptor.with_buffer(…) describes a buffer or array that exists already"
+        "MemoryDescriptor.with_buffer(…) describes a buffer or array that exists already, and "
+        "`block.descriptor` a block of io_malloc_aligned or io_malloc_contiguous"
     )

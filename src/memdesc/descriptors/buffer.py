@@ -75,9 +75,9 @@ class BufferMemoryDescriptor(MemoryDescriptor):
         Whether it may be made of the memory of an earlier buffer, and be kept for a later one
         (see `docs/recycling.md`).
     reserve : int, optional
-        Bytes of addresses to keep for `grow`; by default the capacity. No memory is taken for
-        what is past the capacity, except of HUGE pages, which the pool promises at once. Such a
-        buffer is not recycled, and AUTO takes no HUGE pages for it.
+        Bytes of addresses to keep for `grow`; the capacity at least, and by default. No memory is
+        taken for what is past the capacity, except of HUGE pages, which the pool promises at
+        once. Such a buffer is not recycled, and AUTO takes no HUGE pages for it.
     name : str
         Shows in every task's maps file as ``/memfd:name``.
 
@@ -269,9 +269,11 @@ class BufferMemoryDescriptor(MemoryDescriptor):
             self._check_open()
             old = self.capacity
             if not old <= capacity <= self.reserve:
+                less = "it never shrinks; set_length() describes less"
                 raise RangeError(
                     f"buffer {self.name!r} of {old:,} bytes can grow up to its reserve of "
-                    f"{self.reserve:,}, not to {capacity:,}: make it with reserve={capacity}",
+                    f"{self.reserve:,}, not to {capacity:,}: "
+                    f"{less if capacity < old else f'make it with reserve={capacity}'}",
                     errno=errno.EINVAL,
                 )
             self._attach()
@@ -320,7 +322,8 @@ class BufferMemoryDescriptor(MemoryDescriptor):
             start = self._length
             if source.nbytes > self.capacity - start:
                 raise RangeError(
-                    f"{source.nbytes:,} bytes do not fit after {start:,} of {self.capacity:,}",
+                    f"{source.nbytes:,} bytes do not fit after the first {start:,} of the "
+                    f"{self.capacity:,} of {self.name!r}: grow() it first, or make a larger one",
                     errno=errno.EINVAL,
                 )
             self._check_writable("written")

@@ -205,8 +205,9 @@ def _allocate(request: Request) -> Allocation:
     except OSError as error:
         object_.close()
         raise AllocationError(
-            f"{doing}, mapped for its owner: {describe_errno(error)}; ask for less, or say "
-            "lazy=True if there are too few pages",
+            f"{doing}, mapped for its owner at {size:,} bytes of addresses: "
+            f"{describe_errno(error)}; ask for less (of `reserve` too), or say lazy=True if there "
+            "are too few pages",
             errno=error.errno,
             requested=size,
         ) from error

@@ -122,7 +122,8 @@ def _frames_of(entries: array[int], task: Task) -> list[int | None]:
     if 0 in found:  # the first frame of memory belongs to no task
         raise NotPrivilegedError(
             f"cannot read the page frames of task {task.pid}: the kernel shows zeros to a process "
-            "without CAP_SYS_ADMIN in the first user namespace; compare VM objects instead",
+            "without CAP_SYS_ADMIN in the first user namespace; grant it, or, to see whether "
+            "memory is the same, compare VM objects",
             errno=errno.EPERM,
         )
     return found

@@ -197,9 +197,9 @@ class MemoryDescriptor(Mappable):
 
         What is stored here afterwards is not in it, and nobody can store there. Whether bytes
         are copied is told (`copied_bytes`, `reason`) and changes nothing else: of a buffer that
-        no one else ever saw no byte is copied, of one that changed since its last such snapshot
-        only what changed, of everything else all. This descriptor stays what it is: writable,
-        its views valid.
+        no one else ever saw no byte is copied; by later snapshots of it what changed since that
+        first one, or all where that is more than half; of everything else all. This descriptor
+        stays what it is: writable, its views valid.
 
         Returns
         -------

@@ -150,7 +150,8 @@ class Service:
         enforced : bool
             False accepts read-only as a courtesy on memory that is READ_WRITE.
         shape, dtype : optional
-            How `mapping.array()` looks at the other side.
+            How `mapping.array()` looks at the other side. The shape is that of now, also where
+            only `dtype` is given: it does not follow `grow`; share again for that.
         allow : callable, optional
             Further rule for this share: takes the client's Task.
 

@@ -14,6 +14,7 @@ Where to begin; `help(memdesc.Service)` and so on tells more:
 * `Zone`, `zprint`, `zone_map`     small private memory, fast, from a limited pool
 * `io_malloc`, `io_malloc_aligned`, `io_free` ...  memory by its size, as the model allocates it
 * `send_descriptor`, `receive_descriptor`          over a Unix socket of your own
+* `create_data_queue`, `Producer`, `Consumer`      a queue of entries in shared memory
 * `recycler`                       what is kept of freed buffers for the next ones
 * `Access`, `Direction`, `PageKind`, `Contents`    words for arguments
 * `MemdescError`                   the root of all errors; `MappingReason`, `WiringReason`
@@ -23,6 +24,7 @@ The house, from the top down; a room knows only those below it:
 * `cli`, `testing`       the command line; the conformance suite, leak guard and fault injection
 * `iokit`                the model's own spelling
 * `services`             services and connections: who may see which memory
+* `queues`               entries of any size from one task to another, through shared memory
 * `alloc`                zones: small pieces of private memory, from a limited pool; io_malloc
 * `handover`             descriptors over Unix sockets and multiprocessing (`portable`: their form)
 * `descriptors`          what describes memory: buffers, address ranges, parts, several as one
@@ -117,6 +119,11 @@ if TYPE_CHECKING:
         io_malloc_pageable as io_malloc_pageable,
         zprint as zprint,
     )
+    from memdesc.queues import (
+        Consumer as Consumer,
+        Producer as Producer,
+        create_data_queue as create_data_queue,
+    )
     from memdesc.services.connection import Connection as Connection, connect as connect
     from memdesc.services.service import Service as Service
     from memdesc.services.user_client import UserClient as UserClient
@@ -130,6 +137,9 @@ _LATER = {
     "connect": "memdesc.services.connection",
     "Service": "memdesc.services.service",
     "UserClient": "memdesc.services.user_client",
+    "Consumer": "memdesc.queues",
+    "Producer": "memdesc.queues",
+    "create_data_queue": "memdesc.queues",
     "PageBlock": "memdesc.alloc",
     "Zone": "memdesc.alloc",
     "collect_zones": "memdesc.alloc",

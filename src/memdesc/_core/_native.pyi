@@ -32,6 +32,8 @@ F_SEAL_WRITE: Final[int]
 F_SEAL_FUTURE_WRITE: Final[int]
 F_SEAL_EXEC: Final[int]
 MFD_NOEXEC_SEAL: Final[int]
+RING_MAGIC: Final[int]
+RING_OFFSETS: Final[dict[str, int]]
 
 @final
 class MappedMemory:
@@ -219,3 +221,75 @@ class ElementList:
 
     def _slots(self) -> tuple[int, int, int, int]:
         """Free slots, slots of all chunks, chunks, those of them that are retired."""
+
+class RingEnd:
+    """One end of a ring in shared memory. What goes wrong is the subclass's: `_closed`, `_broke`
+    and `_ended` raise.
+    """
+
+    def _begin(
+        self, window: Window, page: int, capacity: int, producer: bool, bell_fd: int
+    ) -> bool:
+        """Once, before anything else; False where the memory is no ring's, or says nonsense.
+
+        The window: the producer's page, the consumer's page, and the data area twice in a row.
+        `bell_fd`: a socket to which a byte goes with every waking of the other end; -1: none.
+        """
+
+    def _sleep(self, wanted: int, spin: int, limit: int) -> bool:
+        """Wait until the other is at `wanted` or has ended; False after `limit` ns or a signal.
+
+        Spins for up to `spin` ns before sleeping, without the GIL. Signal handlers have run.
+        """
+
+    def _want(self, wanted: int) -> None:
+        """Ask to be told when the other crosses `wanted`; look again after this."""
+
+    def _look(self) -> tuple[int, int, bool]:
+        """My position, the other's, and whether it has ended: read now."""
+
+    def _set_gone(self) -> None:
+        """Have the other end be known as ended."""
+
+    def _close(self) -> None:
+        """Say that this end is done; its own waiters find it closed."""
+
+    def _inherit(self) -> None:
+        """In a fork child: from here on it is the parent's, and nothing changes any more."""
+
+    def _state(self) -> int:
+        """0: never begun, 1: open, 2: closed, 3: inherited by a fork child."""
+
+    def _counts(self) -> tuple[int, int, int, int]:
+        """entries, bytes, wakings of the other end, sleeps."""
+
+class RingProducer(RingEnd):
+    """Base of `Producer`: its fast half. `_enqueue` and `_too_large` are the subclass's."""
+
+    def try_enqueue(self, data: Buffer) -> bool: ...
+    def enqueue(self, data: Buffer, timeout: float | None = None) -> None: ...
+    def _put_many(self, entries: list[Any], start: int) -> int:
+        """Put entries from the number `start` on, as many as fit, published in a few steps."""
+
+class RingConsumer(RingEnd):
+    """Base of `Consumer`: its fast half. `_dequeue`, `_clear`, `_too_small` and `_nothing_shown`
+    are the subclass's.
+    """
+
+    def try_dequeue(self) -> bytes | None: ...
+    def dequeue(self, timeout: float | None = None) -> bytes: ...
+    def release(self) -> None: ...
+    def _take_into(self, buffer: Buffer) -> int | None:
+        """Copy the next entry out: its size; None where the queue is empty."""
+
+    def _take_many(self, most: int) -> list[bytes]:
+        """Up to `most` entries that are there now, given back to the producer in one step."""
+
+    def _view(self) -> memoryview | None:
+        """The next entry in place, read-only; None where the queue is empty."""
+
+    def _forget(self) -> None:
+        """End the view that `_view` gave; its entry stays."""
+
+    def _listen(self) -> None:
+        """From here on ask for a waking, after `_clear`, whenever the queue is found empty."""

@@ -16,7 +16,7 @@ from cpython.object cimport PyObject_Size
 from cpython.ref cimport PyObject
 from cpython.weakref cimport PyWeakref_NewRef
 from libc.stdint cimport UINT32_MAX, UINT64_MAX, int64_t, uint32_t, uint64_t, uintptr_t
-from libc.string cimport memmove, memset, strerror
+from libc.string cimport memcpy, memmove, memset, strerror
 
 cdef extern from "syscalls.h" nogil:
     long md_mmap(uintptr_t, size_t, int, int, int, int64_t)
@@ -361,3 +361,4 @@ def buffer_address(buffer):
 
 include "zone.pxi"
 include "snapshot.pxi"
+include "ring.pxi"

@@ -1,0 +1,236 @@
+"""What both ends of a queue have: opening, waiting, closing, and what they tell of themselves."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn, Self
+
+from memdesc import _core
+from memdesc.descriptors.base import MemoryDescriptor, check_descriptor
+from memdesc.descriptors.multi import MultiMemoryDescriptor
+from memdesc.descriptors.sub import SubMemoryDescriptor
+from memdesc.errors import ClosedError, InvalidArgument, PeerGoneError, ProtocolError, TimedOutError
+from memdesc.queues.layout import CONTROL, MAX_CAPACITY
+from memdesc.queues.notify import own_socket
+from memdesc.vm.forks import lock_for
+from memdesc.vm.pages import Access, page_size
+from memdesc.vm.task import Task, check_task
+
+if TYPE_CHECKING:
+    import socket as sockets
+
+SPIN = 50e-6
+"""Seconds that a wait spins before it sleeps: about what one waking costs both sides."""
+
+GLANCE = 0.25
+"""Seconds that a wait sleeps before it looks whether the other end still lives."""
+
+_ends: weakref.WeakSet[_core.RingEnd] = weakref.WeakSet()
+_hooked = False
+_EVER = 1e6  # seconds: what a lock, and the core, take as a timeout
+_INHERITED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class QueueStatistics:
+    """What one end did since it was opened.
+
+    Attributes
+    ----------
+    entries, nbytes : int
+        Put in or taken out; without what an entry takes beside its bytes.
+    waits : int
+        Calls that found no room, or no entry, and waited.
+    sleeps : int
+        How often one of them slept; the others met the other end while they spun.
+    notifications : int
+        How often this end woke the other.
+    """
+
+    entries: int
+    nbytes: int
+    waits: int
+    sleeps: int
+    notifications: int
+
+
+class End(_core.RingEnd):
+    """Base of both ends. `_OTHER` is what the other one is called."""
+
+    _OTHER = ""
+
+    def _open(
+        self,
+        descriptor: MemoryDescriptor,
+        peer: Task | None,
+        socket: sockets.socket | None,
+        spin: float,
+        *,
+        rings: bool,
+    ) -> None:
+        """Map the queue; called once. `rings`: this end is the producer, who rings the socket."""
+        check_descriptor(descriptor, "descriptor")
+        if peer is not None:
+            check_task(peer)
+        if not 0 <= spin <= 1:
+            raise InvalidArgument(f"spin is {spin!r}: give seconds from 0 to 1", errno=errno.EINVAL)
+        self.name = descriptor.name
+        self.capacity = descriptor.length - CONTROL
+        self._descriptor, self._peer, self._spin = descriptor, peer, int(spin * 1e9)
+        self._waits, self._died = 0, False
+        self._lock = lock_for(self)
+        window = _map(descriptor, self.capacity)
+        self._socket = own_socket(socket)
+        fd = self._socket.fileno() if rings and self._socket is not None else -1
+        if not self._begin(window, page_size, self.capacity, rings, fd):
+            if self._socket is not None:
+                self._socket.close()
+            raise ProtocolError(
+                f"{self.name!r} is no queue, or its other end wrote nonsense: make one with "
+                "create_data_queue()",
+                errno=errno.EPROTO,
+            )
+        _hook()
+        _ends.add(self)
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called, or this is a fork child's copy."""
+        return self._state() != 1
+
+    def close(self) -> None:
+        """Be done: the other side is told. Again is a no-op.
+
+        What is in the queue can still be taken out; views that `peek` gave stay valid. Waits of
+        other threads at this end finish with `ClosedError`, within 0.25 s.
+        """
+        self._close()
+        if self._socket is not None:
+            self._socket.close()
+
+    def peer_gone(self) -> None:
+        """Say that the other end's task has ended, as whoever knows it saw: a socket, a pidfd.
+
+        From here on calls behave as if it had closed its end, with ECONNRESET. Waits notice within
+        0.25 s.
+        """
+        self._died = True
+        self._set_gone()
+
+    def statistics(self) -> QueueStatistics:
+        """Tell what this end did."""
+        entries, nbytes, rung, sleeps = self._counts()
+        return QueueStatistics(entries, nbytes, self._waits, sleeps, rung)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _wait_until(self, wanted: int, deadline: float | None) -> bool:
+        """Wait until the other end is at `wanted`, or has ended; False: the time ran out.
+
+        Who waits already is waited for first. Signal handlers run meanwhile, and may raise.
+        """
+        if not _left(deadline) or not self._lock.acquire(timeout=_left(deadline)):
+            return False
+        try:
+            self._waits += 1
+            spin = self._spin
+            while left := _left(deadline):
+                if self._sleep(wanted, spin, int(min(left, GLANCE) * 1e9)):
+                    return True
+                spin = 0
+                if self._peer is not None and not self._peer.alive:
+                    self.peer_gone()
+            return False
+        finally:
+            self._lock.release()
+
+    def _timed_out(self, timeout: float | None, what: str) -> TimedOutError:
+        if timeout:
+            return TimedOutError(
+                f"queue {self.name!r}: {what} in {timeout} s", errno=errno.ETIMEDOUT
+            )
+        return TimedOutError(
+            f"queue {self.name!r}: {what} now, and no time to wait was given", errno=errno.EAGAIN
+        )
+
+    def _closed(self) -> NoReturn:
+        if self._state() == _INHERITED:
+            raise ClosedError(
+                f"this end of queue {self.name!r} belongs to the parent of this forked process: "
+                "make a queue for each pair of processes"
+            )
+        raise ClosedError(f"this end of queue {self.name!r} was closed")
+
+    def _broke(self) -> NoReturn:
+        raise ProtocolError(
+            f"the {self._OTHER} of queue {self.name!r} wrote positions or sizes that can not be: "
+            "nothing more can be had from it; make a new queue",
+            errno=errno.EPROTO,
+        )
+
+    def _ended(self) -> NoReturn:
+        if self._died:
+            raise PeerGoneError(
+                f"the {self._OTHER} of queue {self.name!r} has ended: make a new queue, or have "
+                f"another {self._OTHER} take this one up",
+                errno=errno.ECONNRESET,
+            )
+        raise PeerGoneError(
+            f"the {self._OTHER} of queue {self.name!r} closed its end", errno=errno.EPIPE
+        )
+
+
+def _map(descriptor: MemoryDescriptor, capacity: int) -> _core.Window:
+    """Map the pages of both ends, and the data area twice in a row."""
+    if not page_size <= capacity <= MAX_CAPACITY or capacity % page_size:
+        raise InvalidArgument(
+            f"{descriptor.name!r} of {descriptor.length:,} bytes is no queue: make one with "
+            "create_data_queue()",
+            errno=errno.EINVAL,
+        )
+    data = SubMemoryDescriptor(descriptor, CONTROL)
+    twice = MultiMemoryDescriptor([descriptor, data]).map(access=Access.READ_WRITE, unique=True)
+    window = twice._export()
+    if not isinstance(window, _core.Window):
+        raise InvalidArgument(
+            f"{descriptor.name!r} is private memory: make a queue with create_data_queue()",
+            errno=errno.EINVAL,
+        )
+    return window
+
+
+def _hook() -> None:
+    global _hooked
+    if not _hooked:
+        _hooked = True
+        os.register_at_fork(after_in_child=_inherit)
+
+
+def _inherit() -> None:
+    """An end is of one process: two of them with one position would overwrite each other."""
+    for end in list(_ends):
+        end._inherit()
+
+
+def deadline_of(timeout: float | None) -> float | None:
+    """When a call has to be over."""
+    if timeout is None:
+        return None
+    if not timeout >= 0:
+        raise InvalidArgument(
+            f"timeout is {timeout!r}: give seconds from 0, or None", errno=errno.EINVAL
+        )
+    return time.monotonic() + timeout
+
+
+def _left(deadline: float | None) -> float:
+    """Seconds; a long time for ever."""
+    return _EVER if deadline is None else min(max(deadline - time.monotonic(), 0.0), _EVER)

@@ -1,0 +1,20 @@
+"""The benchmark of queues runs; what it says of speed is the machine's."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs() -> None:
+    command = [sys.executable, "benchmarks/data_queue.py", "--short"]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode in (0, 1), done.stderr
+    assert "million entries of 64 bytes" in done.stdout
+    assert done.stderr == ""

@@ -273,6 +273,8 @@ def receive_descriptor(sock: sockets.socket) -> ReceivedMemoryDescriptor:
     """
     import msgspec
 
+    from memdesc.portable import UNREADABLE
+
     data, fds = receive_with_fds(sock, _PREFIX.size + MAX_HEADER, _PREFIX.size)
     try:
         magic, length = _PREFIX.unpack_from(data)
@@ -287,7 +289,7 @@ def receive_descriptor(sock: sockets.socket) -> ReceivedMemoryDescriptor:
             data += more
         try:
             portable = msgspec.msgpack.decode(data[_PREFIX.size :], type=portable_type())
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             raise ProtocolError(
                 f"the descriptor's header can not be read: {error}", errno=errno.EPROTO
             ) from error

@@ -231,6 +231,8 @@ def test_no_bytes_do_more_than_raise(header: bytes, fds: int) -> None:
         (message(portable([(0, SIZE, 1)])), 1),
         (message(portable(direction=4)), 1),
         (message(portable(version=2)), 1),
+        (message(portable(name="its").replace(b"its", b"\xff\xfe\xfd")), 1),
+        (message(b"\x81\xa1z" + b"\x91" * 50_000), 1),
     ],
 )
 def test_each_lie(data: bytes, fds: int) -> None:

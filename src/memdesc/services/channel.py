@@ -21,8 +21,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import msgspec
-
 from memdesc import errors
 from memdesc.errors import (
     ClosedError,
@@ -380,8 +378,8 @@ class Channel:
 
     def _receive(self, data: bytes, fds: list[int], lost: bool) -> None:
         try:
-            self._dispatch(protocol.decode(data), fds, lost)
-        except (msgspec.MsgspecError, ProtocolError) as error:
+            self._dispatch(protocol.read(data), fds, lost)
+        except ProtocolError as error:
             log.warning("channel.protocol_error", extra={"pid": self.task.pid, "why": str(error)})
             self._end(
                 ProtocolError(

@@ -7,12 +7,13 @@ needs an answer has an `id` of its sender's choice; the answer carries it.
 
 from __future__ import annotations
 
+import errno
 from typing import Annotated
 
 import msgspec
 
-from memdesc.errors import InvalidArgument
-from memdesc.portable import Natural, Piece, Portable
+from memdesc.errors import InvalidArgument, ProtocolError
+from memdesc.portable import UNREADABLE, Natural, Piece, Portable
 
 VERSION = 2
 MAX_MESSAGE = 128 * 1024
@@ -213,6 +214,15 @@ Answer = Shares | Opened | Length | Mapped | MemoryRead | MemoryWritten | Done |
 
 encode = msgspec.msgpack.Encoder().encode
 decode = msgspec.msgpack.Decoder(Message).decode
+
+
+def read(data: bytes) -> Message:
+    """Decode what a stranger sent; `ProtocolError` where it is no message."""
+    try:
+        message: Message = decode(data)
+        return message
+    except UNREADABLE as error:
+        raise ProtocolError(str(error), errno=errno.EPROTO) from error
 
 
 def check_name(name: str) -> str:

@@ -28,6 +28,7 @@ from memdesc._core._native import (
     PROT_WRITE as PROT_WRITE,
     RING_MAGIC as RING_MAGIC,
     RING_OFFSETS as RING_OFFSETS,
+    Attempt as Attempt,
     ElementList as ElementList,
     Exporter as Exporter,
     MappedMemory as MappedMemory,

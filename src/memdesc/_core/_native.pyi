@@ -7,7 +7,7 @@ large integer is `OverflowError`.
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final, final
+from typing import Any, Final, Self, final
 
 from typing_extensions import Buffer
 
@@ -47,8 +47,20 @@ class MappedMemory:
         """Have `heir` called, in place of munmap, with a new owner of the range.
 
         By whatever thread lets go last, in the midst of anything: it must not wait for a lock. If
-        it raises, that is reported as unraisable, and the range unmapped with the new owner.
+        it raises it is called once more, and that reported as unraisable; the range goes with
+        the new owner, unless somebody took that.
         """
+
+@final
+class Attempt:
+    """A context that takes a lock where that needs no waiting, and tells whether it did.
+
+    No interrupt comes between taking it and being inside the ``with`` block.
+    """
+
+    def __new__(cls, lock: Any) -> Self: ...
+    def __enter__(self) -> bool: ...
+    def __exit__(self, *exc: object) -> None: ...
 
 @final
 class Window:

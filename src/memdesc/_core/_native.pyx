@@ -99,14 +99,22 @@ cdef class MappedMemory:
         raise TypeError("made by map_memory(), reserve_memory() or duplicate_memory()")
 
     def leave_to(self, heir):
-        """Have `heir` called with a new owner of the range in place of unmapping it."""
+        """Have `heir` called with a new owner of the range in place of unmapping it.
+
+        Called once more where it raises.
+        """
         self._heir = heir
 
     def __dealloc__(self):
         heir, length = self._heir, self.length
         if length and heir is not None:
             self.length = 0
-            heir(_owned(self.address, length))
+            memory = _owned(self.address, length)
+            try:
+                heir(memory)
+            except BaseException:  # an interrupt: the heir takes it all the same
+                heir(memory)
+                raise
         # munmap of populated memory takes 0.1 us a page: do not hold up other threads.
         elif length:
             with nogil:
@@ -357,6 +365,30 @@ def buffer_address(buffer):
         return <size_t>view.buf, view.len, bool(view.readonly)
     finally:
         PyBuffer_Release(&view)
+
+
+@cython.final
+cdef class Attempt:
+    """A context that takes a lock where that needs no waiting, and tells whether it did.
+
+    No signal handler runs between taking it and being inside: an interrupt after
+    `lock.acquire(blocking=False)` would leave it locked for good.
+    """
+
+    cdef object lock
+    cdef bint taken
+
+    def __cinit__(self, lock):
+        self.lock = lock
+
+    def __enter__(self):
+        self.taken = self.lock.acquire(False)
+        return bool(self.taken)
+
+    def __exit__(self, *exc):
+        if self.taken:
+            self.taken = False
+            self.lock.release()
 
 
 include "zone.pxi"

@@ -174,9 +174,7 @@ def collect_zones() -> int:
     """
     given_back = 0
     for zone in living_zones():
-        if zone._lock.acquire(blocking=False):
-            try:
+        with _core.Attempt(zone._lock) as free:
+            if free:
                 given_back += zone.collect()
-            finally:
-                zone._lock.release()
     return given_back

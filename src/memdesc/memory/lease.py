@@ -5,6 +5,7 @@ Linux: fcntl(F_SETLEASE), on a file of this user or with CAP_LEASE.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import signal
 
@@ -24,8 +25,10 @@ def held_by_others(fd: int) -> bool:
     fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
     try:
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        return fcntl.fcntl(fd, fcntl.F_GETLEASE) != fcntl.F_WRLCK
     except BlockingIOError:
         return True
-    opened = fcntl.fcntl(fd, fcntl.F_GETLEASE) != fcntl.F_WRLCK
-    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-    return opened
+    finally:
+        # An interrupt may strike at any call: nobody could open the memory until the lease ends.
+        with contextlib.suppress(BlockingIOError):  # EAGAIN: there is none
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)

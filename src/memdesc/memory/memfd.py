@@ -362,15 +362,13 @@ class OwnedObject:
         OSError
             There is no telling: no leases on this system, or none for this user.
         """
-        if not self._lock.acquire(blocking=False):
-            return True
-        try:
+        with _core.Attempt(self._lock) as free:
+            if not free:
+                return True
             fd = self._remains
             if fd < 0:
                 raise ClosedError(f"the memory of buffer {self.name!r} was let go")
             return held_by_others(fd)
-        finally:
-            self._lock.release()
 
     def successor(self, max_access: Access) -> OwnedObject:
         """Make the object of the next buffer on what a retired one kept; ClosedError if nothing.
@@ -379,20 +377,21 @@ class OwnedObject:
         Never waits for a lock.
         """
         next_ = self._sibling(self.lifecycle.successor(max_access))
-        free = self._lock.acquire(blocking=False)
-        try:
+        with _core.Attempt(self._lock) as free:
             if not free or self._remains < 0:
                 raise ClosedError(f"the memory of buffer {self.name!r} was let go")
             next_._fd, self._remains = self._remains, -1
             _objects[self.identity] = next_
-        finally:
-            if free:
-                self._lock.release()
         return next_
 
     def __del__(self) -> None:
-        self.close()
-        self.abandon()
+        try:
+            self.close()
+            self.abandon()
+        except BaseException:  # an interrupt: nobody can close it later
+            self.close()
+            self.abandon()
+            raise
 
 
 class Holder(Protocol):

@@ -69,7 +69,6 @@ class Recycler:
         self.hits = self.misses = self.busy = self.trimmed = 0
         self.refused: Counter[Refusal] = Counter()
         self._blocks: list[Block] = []  # the oldest first
-        self._kept = 0
         self._inbox: deque[Block | Refusal] = deque()
         self._dropped: deque[Block] = deque()
         self._lock = lock_for(self)
@@ -96,8 +95,10 @@ class Recycler:
 
     def _settle(self) -> None:
         """Take in what came meanwhile, unless somebody is inside, who then will."""
-        while self._inbox and self._lock.acquire(blocking=False):
-            try:
+        while self._inbox:
+            with _core.Attempt(self._lock) as free:
+                if not free:
+                    break
                 if self._busy:
                     return
                 self._busy = True
@@ -105,8 +106,6 @@ class Recycler:
                     self._take_in()
                 finally:
                     self._busy = False
-            finally:
-                self._lock.release()
         while self._dropped and not self._busy:
             try:
                 self._dropped.popleft()  # unmapped here, without the interpreter lock
@@ -127,7 +126,6 @@ class Recycler:
                 self._drop(block, refusal)
             else:
                 self._blocks.append(block)
-                self._kept += block.size
                 self._shrink(self._limit())
         if self._blocks and not self._watch.start():
             self._shrink(0)  # no thread to be had: then nobody would see memory get short
@@ -154,6 +152,11 @@ class Recycler:
             return Refusal.SPOILED
         return Refusal.TOO_LARGE if block.size > self._limit() else None
 
+    @property
+    def _kept(self) -> int:
+        """Bytes of all blocks. Not counted as they come and go: interrupts may strike between."""
+        return sum(block.size for block in self._blocks)
+
     def _limit(self) -> int:
         """Bytes that may be kept now: never more than is still free besides."""
         if time.monotonic() - self._room[0] >= _FRESH:
@@ -175,13 +178,13 @@ class Recycler:
 
         Where it is the number of blocks that is too large, a smallest one: it is made anew soonest.
         """
-        before = self._kept
-        while self._blocks and (self._kept > most or len(self._blocks) > MOST_BLOCKS):
-            first = 0 if self._kept > most else self._smallest()
-            block = self._blocks[first]
-            self._remove(block)
+        before = kept = self._kept
+        while self._blocks and (kept > most or len(self._blocks) > MOST_BLOCKS):
+            block = self._blocks[0 if kept > most else self._smallest()]
+            self._blocks.remove(block)
             self._drop(block)
-        return before - self._kept
+            kept -= block.size
+        return before - kept
 
     def _smallest(self) -> int:
         return min(range(len(self._blocks)), key=lambda index: self._blocks[index].size)
@@ -225,17 +228,13 @@ class Recycler:
                     refusal = Refusal.SPOILED
                 except OSError:
                     refusal = Refusal.NO_LEASE
-            self._remove(block)
+            self._blocks.remove(block)
             if successor is not None:
                 self.hits += 1
                 return block, successor
             self._drop(block, refusal)
         self.misses += 1
         return None
-
-    def _remove(self, block: Block) -> None:
-        self._blocks.remove(block)
-        self._kept -= block.size
 
     def end_watch(self) -> None:
         """Have the watching thread end, where there is nothing to watch."""
@@ -254,7 +253,7 @@ class Recycler:
             self.settings = settings
             for block in list(self._blocks):
                 if refusal := self.refusal(block.object):
-                    self._remove(block)
+                    self._blocks.remove(block)
                     self._drop(block, refusal)
             self._shrink(self._limit())
 
@@ -329,7 +328,9 @@ def offer(kind: Kind, object_: OwnedObject, memory: _core.MappedMemory, start: i
     _hook()
     if not object_.retire():
         return False
-    memory.leave_to(_Heir(kind, object_, start))
+    heir = _Heir(kind, object_, start)
+    memory.leave_to(heir)
+    _heirs.add(heir)  # last: one that inherits nothing would keep the object for good
     return True
 
 
@@ -349,14 +350,13 @@ class _Heir:
         self._kind = kind
         self._object = object_
         self._start = start
-        _heirs.add(self)
 
     def __call__(
         self,
         memory: _core.MappedMemory,
         ending: Callable[[], bool] = sys.is_finalizing,  # bound: modules are taken apart at the end
     ) -> None:
-        if not ending():
+        if not ending() and self in _heirs:  # it is called once more after an interrupt
             _heirs.discard(self)
             _recycler.hand_in(Block(self._kind, self._object, memory, self._start))
 

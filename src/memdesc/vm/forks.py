@@ -20,7 +20,7 @@ class Locked(Protocol):
     _lock: Any
 
 
-_gate = threading.RLock()
+_gate: Any = threading.RLock()
 _holders: weakref.WeakSet[Locked] = weakref.WeakSet()
 _hooked = False
 
@@ -50,19 +50,17 @@ def _hook() -> None:
     global _hooked
     if not _hooked:
         _hooked = True
-        os.register_at_fork(before=_close, after_in_parent=_open, after_in_child=_renew)
-
-
-def _close() -> None:
-    _gate.acquire()
-
-
-def _open() -> None:
-    _gate.release()
+        # No functions of ours, at whose head the interrupt strikes that came during the fork.
+        os.register_at_fork(
+            before=_gate.acquire, after_in_parent=_gate.release, after_in_child=_gate.release
+        )
+        os.register_at_fork(after_in_child=_renew)
 
 
 def _renew() -> None:
-    global _gate
-    _gate = threading.RLock()
+    if _gate.acquire(blocking=False):
+        _gate.release()
+    else:  # an interrupt ended the waiting for another thread, which is not in the child
+        _gate._at_fork_reinit()
     for holder in list(_holders):
         holder._lock = threading.RLock()

@@ -159,18 +159,16 @@ class _Books:
 
     def settle(self) -> None:
         """Carry out the queued releases, unless somebody is inside, who then will."""
-        while self._queue and self._lock.acquire(blocking=False):
+        while self._queue:
             settled: list[_Claim] = []  # what they kept alive is let go outside of the lock
-            try:
-                if self._busy:
+            with _core.Attempt(self._lock) as free:
+                if not free or self._busy:
                     return
                 self._busy = True
                 try:
                     self._drain(settled)
                 finally:
                     self._busy = False
-            finally:
-                self._lock.release()
 
     def _drain(self, settled: list[_Claim]) -> None:
         while self._queue:

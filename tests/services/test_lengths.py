@@ -206,3 +206,21 @@ def test_a_length_that_was_not_asked_for_ends_the_connection(shared: Both) -> No
     with pytest.raises(md.MemdescError):
         connection.wait_length("frames", 100, timeout=1)
     assert os.getpid() == connection.task.pid
+
+
+def test_an_array_of_a_dtype_alone_is_as_long_as_the_memory():
+    with md.BufferMemoryDescriptor(1024, reserve=1 << 16) as buffer, md.Service("log") as service:
+        service.share("flat", buffer, dtype="<u4")
+        service.share("square", buffer, shape=(16, 16), dtype="<u4")
+        with md.connect("log") as client:
+            before = client.map("flat").array()
+            buffer.grow(4096)
+            buffer.array(dtype="<u4")[-1] = 7
+            assert client.wait_length("flat", 1024, timeout=20) == 4096
+            after = client.map("flat").array()
+            assert (before.shape, after.shape, after[-1]) == ((256,), (1024,), 7)
+            assert client.map("square").array().shape == (16, 16)
+            assert [(s.shape, s.dtype) for s in client.shares()] == [
+                (None, "<u4"),
+                ((16, 16), "<u4"),
+            ]

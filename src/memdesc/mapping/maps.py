@@ -99,7 +99,7 @@ class LocalMemoryMap(MemoryMap, _core.Exporter):
         access: Access,
         guard_pages: int = 0,
         owner: object,
-        layout: tuple[tuple[int, ...], str] | None = None,
+        layout: tuple[tuple[int, ...] | None, str] | None = None,
         ended: Callable[[], None] | None = None,
     ) -> None:
         self.address = _core.buffer_address(window)[0]

@@ -185,8 +185,8 @@ class Connection(Peer):
             guard_pages=guard_pages,
             at_address=at_address,
         )
-        if share.shape is not None and mapping.length == descriptor.length:
-            mapping.layout = share.shape, share.dtype or "|u1"
+        if share.dtype is not None and mapping.length == descriptor.length:
+            mapping.layout = share.shape, share.dtype
         return mapping
 
     def _open(

@@ -150,8 +150,8 @@ class Service:
         enforced : bool
             False accepts read-only as a courtesy on memory that is READ_WRITE.
         shape, dtype : optional
-            How `mapping.array()` looks at the other side. The shape is that of now, also where
-            only `dtype` is given: it does not follow `grow`; share again for that.
+            How `mapping.array()` looks at the other side. With `dtype` alone it is flat, and as
+            long as the descriptor then is; a `shape` stays as it is when that grows.
         allow : callable, optional
             Further rule for this share: takes the client's Task.
 
@@ -387,7 +387,7 @@ def _check_layout(
             f"dtype {kind} can not travel: share it as bytes and give the dtype to array()"
         )
     view = descriptor.array(shape, kind)
-    return view.shape, kind.str
+    return None if shape is None else view.shape, kind.str
 
 
 def _abandon(io: Loop, listener: folder.Listener) -> None:

@@ -68,7 +68,7 @@ def test_no_descriptor_left_for_a_service_or_a_connection():
                     os.close(fillers.pop())
                 with pytest.raises((md.AllocationError, md.PeerGoneError)):
                     md.connect("camera")
-            wait_until(lambda before=before: count_fds() == before)
+            wait_until(lambda before=before: count_fds() <= before)  # others close some, too
         for free in range(1, 3):
             before = count_fds()
             with full_table() as fillers:
@@ -76,7 +76,7 @@ def test_no_descriptor_left_for_a_service_or_a_connection():
                     os.close(fillers.pop())
                 with pytest.raises(md.AllocationError):
                     md.Service("other")
-            assert count_fds() == before
+            assert count_fds() <= before
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import memdesc as md
 from memdesc import _core
 from memdesc.alloc.iomalloc import SIZE_CLASSES
 from memdesc.errors import DoubleFreeError
+from memdesc.memory.limits import Available
 from memdesc.memory.page_kinds import huge_page_size
 from memdesc.testing import failing
 from memdesc.vm.pages import page_size
@@ -121,6 +122,17 @@ def test_what_can_not_be_had(allocate):
     with failing("place_memory", errno=12):
         with pytest.raises(md.AllocationError):
             allocate(100_000)
+
+
+def test_the_limits_are_asked_before_a_page_is_taken(monkeypatch):
+    little = Available(100_000, "a limit of this test", "none")
+    monkeypatch.setattr("memdesc.memory.limits.available", lambda *_: little)
+    with failing("madvise", errno=12) as population:
+        with pytest.raises(md.AllocationError) as caught:
+            md.io_malloc(1 << 20)
+        assert (caught.value.requested, caught.value.available) == (1 << 20, 100_000)
+        assert population.calls == 0
+    md.io_free(md.io_malloc_pageable(1 << 20))
 
 
 def test_a_population_that_fails_leaves_nothing():

@@ -36,6 +36,7 @@ from memdesc.errors import (
     describe_errno,
 )
 from memdesc.memory import zone_map
+from memdesc.memory.limits import check_available
 from memdesc.memory.page_kinds import PageKind, huge_page_size
 from memdesc.memory.populate import populate
 from memdesc.vm.forks import lock_for
@@ -358,6 +359,8 @@ def _private_pages(nbytes: int, alignment: int, *, lazy: bool) -> PageBlock:
     doing = f"allocating {nbytes:,} bytes of private pages"
     prot = _core.PROT_READ | _core.PROT_WRITE
     flags = _core.MAP_PRIVATE | _core.MAP_ANONYMOUS
+    if not lazy:
+        check_available(size, doing)
     try:
         memory = _core.reserve_memory(size + alignment - page_size)
         start = -memory.address % alignment

@@ -14,7 +14,7 @@ import memdesc as md
 @contextmanager
 def driver(*lines: str, **options: object) -> Iterator[tuple[md.UserClient, Puppet]]:
     """A service of this process with one client: a puppet, whose connection is `c`."""
-    limit = f", mapping_limit={options['mapping_limit']}" if "mapping_limit" in options else ""
+    limit = f", limits=md.Limits(mappings={options['mappings']})" if "mappings" in options else ""
     with md.Service("camera") as service, Puppet() as one:
         one.do(f"c = md.connect('camera'{limit})")
         for line in lines:

@@ -19,7 +19,7 @@ from memdesc import _core
 from memdesc.handover import close_all
 from memdesc.mapping import Placement
 from memdesc.portable import Portable
-from memdesc.services import channel, protocol, service as services
+from memdesc.services import accepting, channel, protocol
 
 PAGE = md.page_size
 SHARED = 100
@@ -28,7 +28,7 @@ SHARED = 100
 @pytest.fixture
 def service() -> Iterator[md.Service]:
     """A service with a share and one honest client, who is served before and after."""
-    with md.Service("camera", mapping_limit=4) as one, md.connect("camera") as honest:
+    with md.Service("camera", limits=md.Limits(mappings=4)) as one, md.connect("camera") as honest:
         one.share("it", md.BufferMemoryDescriptor(SHARED, name="honest"))
         honest.map("it").unmap()
         before = count_fds()
@@ -125,11 +125,11 @@ def test_who_does_not_greet_first_is_let_go(service, first):
 
 
 def test_those_who_never_greet_make_room_for_others(service):
-    silent = [Stranger(service.path) for _ in range(services._STRANGERS + 20)]
+    silent = [Stranger(service.path) for _ in range(accepting.STRANGERS + 20)]
     for _ in range(2):
         with md.connect("camera", timeout=20) as connection:
             assert len(connection.map("it")) == SHARED
-    wait_until(lambda: len(service._strangers) <= services._STRANGERS)
+    wait_until(lambda: len(service._strangers) <= accepting.STRANGERS)
     assert silent[0].is_ended()
     silent[-1].greet()
     for one in silent:

@@ -221,7 +221,7 @@ def test_a_list_without_end(runtime_dir):
 
 
 def test_what_it_pushes_is_bounded(runtime_dir):
-    """By mapping_limit, and by what it has paid for; refused, one by one."""
+    """By its limits, and by what it has paid for; refused, one by one."""
     answers: list[object] = []
 
     def pour(one: Stranger) -> None:
@@ -237,7 +237,7 @@ def test_what_it_pushes_is_bounded(runtime_dir):
         answers.append(one.receive()[0])
 
     with service_that(pour, runtime_dir / "hostile"):
-        with md.connect("hostile", mapping_limit=3) as connection:
+        with md.connect("hostile", limits=md.Limits(mappings=3)) as connection:
             wait_until(lambda: len(answers) == 6)
             assert len(connection.mappings()) == 3
             for mapping in connection.mappings():

@@ -182,7 +182,7 @@ def test_both_ways():
 def test_limits_refuse():
     buffer = md.BufferMemoryDescriptor(4 * PAGE)
     two = md.MultiMemoryDescriptor([md.BufferMemoryDescriptor(PAGE) for _ in range(2)])
-    with driver(mapping_limit=3) as (client, _):
+    with driver(mappings=3) as (client, _):
         made = [buffer.create_mapping_in_task(client.task) for _ in range(2)]
         refusal = (Reason.REFUSED, errno.EDQUOT)
         assert reason_of(lambda: two.create_mapping_in_task(client.task)) == refusal
@@ -191,9 +191,9 @@ def test_limits_refuse():
         made.pop().unmap()
         made.pop().unmap()
         two.create_mapping_in_task(client.task).unmap()
-    with driver(mapping_limit=0) as (client, _):
+    with driver(mappings=0) as (client, _):
         assert reason_of(lambda: buffer.create_mapping_in_task(client.task)) == refusal
-    with md.Service("camera", mapping_limit=1) as service, Puppet() as one:
+    with md.Service("camera", limits=md.Limits(mappings=1)) as service, Puppet() as one:
         one.do("c = md.connect('camera')")
         one.do("b = md.BufferMemoryDescriptor(100); t = b.create_mapping_in_task(c.task)")
         with pytest.raises(Told) as caught:

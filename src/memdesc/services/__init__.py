@@ -1,11 +1,19 @@
 """Services and connections: who has memory, who may see it, and the way between them.
 
-* `protocol`: the messages, typed
+The way, from below:
+
+* `protocol`: the messages, typed; each capability's in a module of its own
 * `folder`: where services live in the file system
 * `loop`: the one I/O thread of a process
-* `channel`: one connected socket: messages, requests and their answers
+* `channel`: one connected socket and its messages; `requests`: questions and their answers
 * `peer`: one end of a connection, the same on both sides: mappings pushed both ways
 * `copier`: copyin and copyout through a connection
-* `service`, `user_client`: the driver's side
-* `connection`: the client's side
+* `limits`: what one side lets the other take
+* `accepting`: the service's end, its name and its clients; `link`: the client's end
+
+The capabilities, each with what a service, its user clients and a connection have of it:
+
+* `sharing`: descriptors under names
+
+And what they make together: `service`, `user_client` (the driver's side), `connection`.
 """

@@ -1,8 +1,7 @@
-"""A channel: one connected socket, its messages, requests and their answers.
+"""A channel: one connected socket and its messages.
 
-Sends come from any thread and never wait; what arrives is handled on the I/O thread; requests wait
-in the thread that makes them. A peer that asks and does not read the answers is dropped when too
-much waits for it; a request to one that does not read fails at once.
+Sends come from any thread and never wait; what arrives is handled on the I/O thread. A peer that
+asks and does not read the answers is dropped when too much waits for it.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import array
 import contextlib
 import errno
-import itertools
 import logging
 import os
 import selectors
@@ -18,8 +16,8 @@ import socket as sockets
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 from memdesc import errors
 from memdesc.errors import (
@@ -28,37 +26,21 @@ from memdesc.errors import (
     MemdescError,
     PeerGoneError,
     ProtocolError,
-    TimedOutError,
-    describe_errno,
 )
 from memdesc.handover import close_all, discard, discard_unread, receive_once, too_many_files
 from memdesc.services import protocol
-from memdesc.services.failures import failed, no_descriptor, rebuilt
+from memdesc.services.failures import no_descriptor
 from memdesc.services.loop import Loop, loop, tell_if_forked
 from memdesc.vm.task import Task
 
 log = logging.getLogger("memdesc.services")
-_T = TypeVar("_T")
 
-_QUEUE_LIMIT = 1024
+QUEUE_LIMIT = 1024
 """Messages that may wait for a peer that does not read, besides those in the socket."""
 _QUEUE_FDS = 64
 """Descriptors that may wait with them: they are this process's own meanwhile."""
-_LATE_LIMIT = 16 * _QUEUE_LIMIT
-"""Requests that a peer may leave unanswered for good, before it is dropped."""
 _BATCH = 64
 """Messages read from one peer before the others get their turn."""
-
-
-class _Pending:
-    """A request that awaits its answer."""
-
-    __slots__ = ("answer", "done", "fds")
-
-    def __init__(self) -> None:
-        self.done = threading.Event()
-        self.answer: Any = None
-        self.fds: list[int] = []
 
 
 class Channel:
@@ -81,9 +63,6 @@ class Channel:
         self._gone: MemdescError | None = None
         self._queue: deque[tuple[bytes, list[int]]] = deque()
         self._queued_fds = 0
-        self._ids = itertools.count(1)
-        self._pending: dict[int, _Pending] = {}
-        self._late: dict[int, Callable[[Any], None]] = {}
         self._finalizer = weakref.finalize(self, _abandon, self._loop, self._life)
         self._finalizer.atexit = False
         tell_if_forked(self)
@@ -147,14 +126,9 @@ class Channel:
             if self._gone is not None:
                 return
             self._gone = why
-            waiting = list(self._pending.values())
-            self._pending.clear()
-            self._late.clear()
             self._clear_queue()
         self._finalizer.detach()
         self._life.end(self._loop)
-        for pending in waiting:
-            pending.done.set()
         self._ended(why)
         log.debug("channel.ended", extra={"pid": self.task.pid, "why": str(why)})
 
@@ -168,7 +142,7 @@ class Channel:
         """Called once, on the I/O thread, after the end."""
 
     def _handle(self, message: Any, fds: list[int], lost: bool) -> None:
-        """Take a message that is no answer. Whoever uses the fds empties the list.
+        """Take a message. Whoever uses the fds empties the list. Overridden by what takes more.
 
         `lost`: descriptors that belong to it did not arrive (this process has none left).
         """
@@ -211,7 +185,7 @@ class Channel:
                 raise self._gone_again()
             if not self._queue and self._try_send(data, fds):
                 return True
-            if len(self._queue) >= _QUEUE_LIMIT or (
+            if len(self._queue) >= QUEUE_LIMIT or (
                 self._queue and self._queued_fds + len(fds) > _QUEUE_FDS
             ):
                 return False
@@ -254,101 +228,6 @@ class Channel:
                 self._queue.popleft()
             self._loop.want(self._sock.fileno(), write=bool(self._queue))
 
-    def request(
-        self,
-        message: Any,
-        kind: type[_T],
-        fds: Sequence[int] = (),
-        timeout: float | None = 5.0,
-        undo: Callable[[Any], None] | None = None,
-    ) -> tuple[_T, list[int]]:
-        """Send what has an `id`, and wait for its answer of that kind: (answer, its descriptors).
-
-        `undo` is called with an answer that comes when no one waits for it any more.
-
-        Raises
-        ------
-        TimedOutError
-            No answer came in time (ETIMEDOUT); or too many messages wait for the peer as it is,
-            and nothing was sent (ENOBUFS).
-        PeerGoneError, ClosedError
-        ProtocolError
-            It answered what is no answer to this; the connection was ended.
-        MemdescError
-            What the other side answered instead.
-        """
-        if self._loop.here:
-            raise MemdescError(
-                "a request on the I/O thread would wait for itself: make it on another thread"
-            )
-        pending = _Pending()
-        with self._lock:
-            self._pending[message.id] = pending
-        try:
-            self._ask(message, fds)
-            if not pending.done.wait(timeout) and self._give_up(message.id, undo):
-                raise TimedOutError(
-                    f"task {self.task.pid} did not answer {type(message).__name__} within "
-                    f"{timeout} s (stopped, or busy holding the interpreter lock?)",
-                    errno=errno.ETIMEDOUT,
-                )
-        except BaseException:
-            self._give_up(message.id, undo)
-            if pending.answer is not None:  # it came, and nobody will see it
-                discard(pending.fds)
-                (undo or _ignore)(pending.answer)
-            raise
-        return self._checked(pending, kind)
-
-    def _ask(self, message: Any, fds: Sequence[int]) -> None:
-        try:
-            queued = self._put(message, fds)
-        except MemdescError:
-            self._forget(message.id)
-            raise
-        if not queued:
-            self._forget(message.id)
-            raise TimedOutError(
-                f"task {self.task.pid} does not read: {len(self._queue):,} messages wait for "
-                f"it, so {type(message).__name__} was not sent (stopped?)",
-                errno=errno.ENOBUFS,
-            )
-
-    def _forget(self, number: int) -> None:
-        """Await no answer: nothing was sent."""
-        with self._lock:
-            self._pending.pop(number, None)
-
-    def _checked(self, pending: _Pending, kind: type[_T]) -> tuple[_T, list[int]]:
-        answer, fds = pending.answer, pending.fds
-        if answer is None:
-            raise self._gone_again()
-        if isinstance(answer, kind):
-            return answer, fds
-        discard(fds)
-        if isinstance(answer, protocol.Failed):
-            raise rebuilt(answer)
-        error = ProtocolError(
-            f"task {self.task.pid} answered {type(answer).__name__}, not {kind.__name__}",
-            errno=errno.EPROTO,
-        )
-        self._loop.post(lambda: self._end(error))
-        raise error
-
-    def _give_up(self, number: int, undo: Callable[[Any], None] | None) -> bool:
-        """Wait no longer for an answer; False if it came, or the connection ended, meanwhile."""
-        with self._lock:
-            if self._pending.pop(number, None) is None:
-                return False
-            self._late[number] = undo or _ignore
-            if len(self._late) > _LATE_LIMIT:
-                self._drop(f"it answered none of {_LATE_LIMIT:,} requests")
-            return True
-
-    def next_id(self) -> int:
-        """Give a number that no other request of this side has."""
-        return next(self._ids)
-
     def _gone_again(self) -> MemdescError:
         """Give a fresh copy of what ended it, for each caller that asks."""
         why = self._gone
@@ -378,7 +257,7 @@ class Channel:
 
     def _receive(self, data: bytes, fds: list[int], lost: bool) -> None:
         try:
-            self._dispatch(protocol.read(data), fds, lost)
+            self._handle(protocol.read(data), fds, lost)
         except ProtocolError as error:
             log.warning("channel.protocol_error", extra={"pid": self.task.pid, "why": str(error)})
             self._end(
@@ -389,52 +268,6 @@ class Channel:
             )
         finally:
             discard(fds)  # whoever used them emptied the list
-
-    def _dispatch(self, message: Any, fds: list[int], lost: bool) -> None:
-        if isinstance(message, protocol.Answer):
-            self._answered(message, fds, lost)
-        else:
-            self._handle(message, fds, lost)
-
-    def _answered(self, answer: Any, fds: list[int], lost: bool) -> None:
-        with self._lock:
-            pending = self._pending.pop(answer.id, None)
-            undo = self._late.pop(answer.id, None)
-            if pending is not None:
-                if lost:
-                    answer = failed(answer.id, too_many_files(None))
-                elif isinstance(answer, protocol.Opened):  # no other answer's are looked for
-                    pending.fds = list(fds)
-                    fds.clear()
-                pending.answer = answer
-                pending.done.set()
-                return
-        if undo is None:
-            raise ProtocolError(f"an answer to {answer.id}, which was not asked")
-        undo(answer)
-
-    def _answer(self, number: int, work: Callable[[], tuple[Any, list[int]]]) -> None:
-        """Do what was asked; send the answer and its descriptors, or what went wrong.
-
-        Never our stack: the errors of the family travel as what they are.
-        """
-        fds: list[int] = []
-        try:
-            answer, fds = work()
-            self._send_if_there(answer, fds)
-        except ProtocolError:
-            raise
-        except (MemdescError, BufferError) as error:
-            self._send_if_there(failed(number, error))
-        except OSError as error:
-            text = f"task {os.getpid()}: {describe_errno(error)}"
-            self._send_if_there(failed(number, MemdescError(text, errno=error.errno)))
-        except Exception:
-            text = f"task {os.getpid()} failed to answer: its log has the reason"
-            self._send_if_there(failed(number, MemdescError(text)))
-            raise  # to the loop, which logs it
-        finally:
-            close_all(fds)
 
     def _send_if_there(self, answer: Any, fds: Sequence[int] = ()) -> None:
         with contextlib.suppress(PeerGoneError, ClosedError):
@@ -485,10 +318,6 @@ def gone(task: Task) -> PeerGoneError:
     return PeerGoneError(
         f"task {task.pid} has gone, or ended the connection", errno=errno.ECONNRESET
     )
-
-
-def _ignore(_: Any) -> None:
-    """What undoes an answer that changed nothing."""
 
 
 def _abandon(io: Loop, life: _Life) -> None:

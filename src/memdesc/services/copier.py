@@ -17,7 +17,7 @@ from memdesc.errors import AccessDeniedError, PeerGoneError
 from memdesc.services import protocol
 
 if TYPE_CHECKING:
-    from memdesc.services.channel import Channel
+    from memdesc.services.requests import Requester
 
 _TIMEOUT = 5.0
 
@@ -25,7 +25,7 @@ _TIMEOUT = 5.0
 class PeerCopier:
     """A connection as a `memdesc.copyio.Copier`. Holds it weakly: it must not keep it open."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Requester) -> None:
         self._channel = weakref.ref(channel)
 
     def read(self, address: int, buffer: memoryview) -> int:
@@ -61,7 +61,7 @@ class PeerCopier:
         question = protocol.WriteMemory(channel.next_id(), address, data)
         return channel.request(question, protocol.MemoryWritten, timeout=_TIMEOUT)[0].nbytes
 
-    def _connected(self) -> Channel:
+    def _connected(self) -> Requester:
         channel = self._channel()
         if channel is None:
             raise PeerGoneError("the connection was dropped", errno=errno.ECONNRESET)

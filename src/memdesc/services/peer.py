@@ -43,8 +43,9 @@ from memdesc.mapping import (
 )
 from memdesc.memory.page_kinds import meminfo
 from memdesc.services import protocol
-from memdesc.services.channel import Channel
 from memdesc.services.copier import PeerCopier, read_own, write_own
+from memdesc.services.limits import Limits
+from memdesc.services.requests import Requester
 from memdesc.vm.pages import Access, page_size
 from memdesc.vm.regions import find_holes, regions, regions_in
 from memdesc.vm.task import Task
@@ -53,25 +54,24 @@ _physical = os.sysconf("SC_PHYS_PAGES") * page_size
 """Bytes of memory: no less is refused, so the kernel need not be asked each time."""
 
 
-class Peer(Channel):
+class Peer(Requester):
     """One connected task, and the mappings that each side has made in the other.
 
     Attributes
     ----------
     task : Task
         At the other end, held by pidfd.
-    mapping_limit : int
-        How many ranges that task may have mapped into this one at a time. A mapping is one, or
-        as many as the pieces that it was put together from.
+    limits : Limits
+        What that task may take here at most.
     allow_copy : bool
         Whether that task may copy this one's memory through the connection.
     """
 
     def __init__(
-        self, sock: sockets.socket, task: Task, mapping_limit: int, allow_copy: bool
+        self, sock: sockets.socket, task: Task, limits: Limits, *, allow_copy: bool
     ) -> None:
         super().__init__(sock, task)
-        self.mapping_limit = mapping_limit
+        self.limits = limits
         self.allow_copy = allow_copy
         self._arrived = threading.Condition(self._lock)
         self._in_peer: set[int] = set()
@@ -95,6 +95,7 @@ class Peer(Channel):
         self._in_peer.clear()
 
     def _ended(self, why: MemdescError) -> None:
+        super()._ended(why)
         remove_carrier(self)
         self._no_copier()
         with self._arrived:
@@ -164,16 +165,25 @@ class Peer(Channel):
         if push.token in self._pushed:
             raise ProtocolError(f"mapping {push.token} is there already")
         ranges = self._ranges + len(push.pieces)
-        if ranges > self.mapping_limit:
+        if ranges > self.limits.mappings:
             raise MappingError(
-                f"task {os.getpid()} takes {self.mapping_limit} mapped ranges from one connection, "
-                f"these would be {ranges}: unmap some, or let it say mapping_limit=…",
+                f"task {os.getpid()} takes {self.limits.mappings} mapped ranges from one "
+                f"connection, these would be {ranges}: unmap some, or let it say "
+                "limits=Limits(mappings=…)",
                 reason=MappingReason.REFUSED,
                 errno=errno.EDQUOT,
             )
         nbytes = sum(length for _, _, length in push.pieces) + sum(
             mapping.length for mapping in list(self._pushed.values())
         )
+        most = self.limits.mapped_bytes
+        if most is not None and nbytes > most:
+            raise MappingError(
+                f"task {os.getpid()} takes {most:,} mapped bytes from one connection, these would "
+                f"be {nbytes:,}: unmap some, or let it say limits=Limits(mapped_bytes=…)",
+                reason=MappingReason.REFUSED,
+                errno=errno.EDQUOT,
+            )
         if nbytes > _physical and nbytes > _memory_size():
             raise MappingError(
                 f"task {os.getpid()} would have {nbytes:,} bytes mapped from one connection, more "

@@ -1,0 +1,251 @@
+"""Accepting: a service's name, who connects to it, and its end."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket as sockets
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Self, cast
+
+from memdesc.errors import (
+    AccessDeniedError,
+    ClosedError,
+    MemdescError,
+    PeerGoneError,
+    ProtocolError,
+    TimedOutError,
+)
+from memdesc.services import folder, protocol
+from memdesc.services.failures import failed
+from memdesc.services.limits import Limits, check_limits
+from memdesc.services.loop import Loop, loop, tell_if_forked
+from memdesc.services.peer import Peer
+from memdesc.vm.task import Task
+
+if TYPE_CHECKING:
+    from memdesc.services.service import Service
+    from memdesc.services.user_client import UserClient
+
+log = logging.getLogger("memdesc.services")
+
+Allow = Callable[[Task], bool]
+
+STRANGERS = 128
+"""Clients that may be connected without having greeted; one more, and the oldest goes."""
+
+
+class Accepting:
+    """Base of `Service`: takes clients in, and knows them. Each capability builds on it.
+
+    A capability that must know of the end overrides `_ending`; of a fork, `forked`.
+    """
+
+    def __init__(self, name: str, allow: Allow | None, limits: Limits) -> None:
+        self.name = name
+        self.limits = check_limits(limits)
+        self._allow = allow
+        self._lock = threading.RLock()
+        self._joining = threading.Condition(self._lock)
+        self._clients: list[Accepted] = []
+        self._unseen: list[Accepted] = []
+        self._strangers: dict[Accepted, None] = {}  # that have not greeted; oldest first
+        self._closed = False
+        self._loop = loop()
+        self._listener = folder.Listener(name, for_all=allow is not None)
+        self.path = self._listener.path
+        self._finalizer = weakref.finalize(self, _abandon, self._loop, self._listener)
+        tell_if_forked(self)
+
+    def _begin(self) -> None:
+        """Take clients from now on; the last thing that a service's making does."""
+        this = weakref.ref(self)
+
+        def ready(_: int) -> None:
+            service = this()
+            if service is not None:
+                service._accept()
+
+        self._loop.run(lambda: self._loop.watch(self._listener.sock.fileno(), ready))
+
+    # -- clients ---------------------------------------------------------------------------------
+
+    def clients(self) -> list[UserClient]:
+        """List the clients that are connected and alive."""
+        with self._lock:
+            return cast("list[UserClient]", list(self._clients))
+
+    def wait_client(self, timeout: float | None = None) -> UserClient:
+        """Wait for the next client that is admitted.
+
+        Raises
+        ------
+        TimedOutError, ClosedError
+        """
+        until = None if timeout is None else time.monotonic() + timeout
+        with self._joining:
+            while not self._unseen:
+                self._check_open()
+                left = None if until is None else until - time.monotonic()
+                if left is not None and left <= 0:
+                    raise TimedOutError(
+                        f"no client connected to service {self.name!r} within {timeout} s",
+                        errno=errno.ETIMEDOUT,
+                    )
+                self._joining.wait(left)
+            return cast("UserClient", self._unseen.pop(0))
+
+    def admits(self, task: Task) -> bool:
+        """Whether the rule lets a task in; a rule that raises admits nobody."""
+        if self._allow is None:
+            return task.credentials.uid == os.geteuid()
+        try:
+            return bool(self._allow(task))
+        except BaseException:
+            log.exception("service.rule_failed", extra={"service": self.name})
+            return False
+
+    # -- on the I/O thread -----------------------------------------------------------------------
+
+    def _new_client(self, sock: sockets.socket) -> UserClient:
+        raise NotImplementedError
+
+    def _accept(self) -> None:
+        if self._closed:
+            return
+        try:
+            sock, _ = self._listener.sock.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            log.warning("service.no_descriptors", extra={"service": self.name})
+            self._listener.turn_away()
+            return
+        try:
+            client = self._new_client(sock)
+            client.start()
+        except (MemdescError, OSError) as error:  # it has gone already, or we have no descriptor
+            log.debug("service.client_lost", extra={"service": self.name, "why": str(error)})
+            sock.close()
+            return
+        with self._lock:
+            self._strangers[client] = None
+            oldest = next(iter(self._strangers)) if len(self._strangers) > STRANGERS else None
+        if oldest is not None:
+            oldest._end(
+                PeerGoneError(
+                    f"task {oldest.task.pid} was dropped: it did not greet while {STRANGERS} "
+                    "others came",
+                    errno=errno.ECONNABORTED,
+                )
+            )
+
+    def _joined(self, client: Accepted) -> None:
+        with self._joining:
+            self._strangers.pop(client, None)
+            self._clients.append(client)
+            self._unseen.append(client)
+            self._joining.notify_all()
+
+    def _left(self, client: Accepted) -> None:
+        with self._joining:
+            self._strangers.pop(client, None)
+            for books in (self._clients, self._unseen):
+                if client in books:
+                    books.remove(client)
+
+    # -- lifetime --------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(
+                f"service {self.name!r} was closed, or belongs to the parent of this forked "
+                "process: make a new Service here"
+            )
+
+    def close(self) -> None:
+        """End the service: give up the name and end every connection. Again is a no-op."""
+        with self._joining:
+            if self._closed:
+                return
+            self._closed = True
+            self._joining.notify_all()
+        self._finalizer.detach()
+        try:
+            self._listener.remove_name()
+        finally:
+            self._loop.run(lambda: self._listener.end(self._loop))
+            with self._lock:  # now nobody comes any more
+                clients = [*self._clients, *self._strangers]
+            for client in clients:
+                client.close()
+            self._ending()
+
+    def _ending(self) -> None:
+        """Let go of what a capability holds; called once, when no client is left."""
+
+    def forked(self) -> None:
+        """In a fork child: the service stays the parent's."""
+        self._lock = threading.RLock()
+        self._joining = threading.Condition(self._lock)
+        self._finalizer.detach()
+        if not self._closed:
+            self._closed = True
+            self._listener.close()
+        self._clients.clear()
+        self._unseen.clear()
+        self._strangers.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class Accepted(Peer):
+    """Base of `UserClient`: greets, and is let in or not. Each capability builds on it."""
+
+    def __init__(self, service: Service, sock: sockets.socket, task: Task) -> None:
+        super().__init__(sock, task, service.limits, allow_copy=False)
+        self.admitted = False
+        self._service: Service | None = service
+
+    def _greet(self, service: Service, hello: protocol.Hello) -> None:
+        if hello.version != protocol.VERSION:
+            raise ProtocolError(
+                f"the client speaks version {hello.version}, this service {protocol.VERSION}",
+                errno=errno.EPROTO,
+            )
+        if not service.admits(self.task):
+            refusal = AccessDeniedError(
+                f"service {service.name!r} does not admit user {self.task.credentials.uid} "
+                f"(task {self.task.pid}): its owner decides by allow=…",
+                errno=errno.EACCES,
+            )
+            self._send_if_there(failed(0, refusal))
+            self._end(refusal)
+            return
+        self.admitted = True
+        service._joined(self)  # first: when its connect returns, we list it
+        self._send_if_there(protocol.Welcome(protocol.VERSION, service.name))
+
+    def _ended(self, why: MemdescError) -> None:
+        super()._ended(why)
+        service, self._service = self._service, None
+        if service is not None:
+            service._left(self)
+
+
+def _abandon(io: Loop, listener: folder.Listener) -> None:
+    """Give up the name and the descriptors of a service that was dropped without close()."""
+    try:
+        listener.remove_name()
+    finally:
+        io.post(lambda: listener.end(io))

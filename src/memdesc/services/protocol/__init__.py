@@ -1,0 +1,69 @@
+"""The messages between a service and its clients: typed MessagePack, one a packet.
+
+A packet of a Unix seqpacket socket carries one message and the file descriptors that belong to
+it. Every field is checked when it is decoded; what does not fit ends the connection. Whatever
+needs an answer has an `id` of its sender's choice; the answer carries it.
+
+Each capability has its messages in a module of its own: its unions `Message` and `Answer` (those
+of the messages that answer a question) are joined here.
+"""
+
+from __future__ import annotations
+
+import errno
+
+import msgspec
+
+from memdesc.errors import ProtocolError
+from memdesc.portable import UNREADABLE
+from memdesc.services.protocol import mappings, sharing
+from memdesc.services.protocol.basics import (
+    MAX_COPY as MAX_COPY,
+    MAX_MESSAGE as MAX_MESSAGE,
+    MAX_NAME as MAX_NAME,
+    VERSION as VERSION,
+    Done as Done,
+    Failed as Failed,
+    Hello as Hello,
+    Welcome as Welcome,
+    check_name as check_name,
+)
+from memdesc.services.protocol.mappings import (
+    Mapped as Mapped,
+    MappingEnded as MappingEnded,
+    MemoryRead as MemoryRead,
+    MemoryWritten as MemoryWritten,
+    PullMapping as PullMapping,
+    PushMapping as PushMapping,
+    ReadMemory as ReadMemory,
+    ReleaseMapping as ReleaseMapping,
+    WriteMemory as WriteMemory,
+)
+from memdesc.services.protocol.sharing import (
+    Length as Length,
+    LengthChanged as LengthChanged,
+    ListShares as ListShares,
+    Opened as Opened,
+    OpenShare as OpenShare,
+    Share as Share,
+    Shares as Shares,
+    WatchLength as WatchLength,
+)
+
+Message = Hello | Welcome | Done | Failed | sharing.Message | mappings.Message
+Answer = Done | Failed | sharing.Answer | mappings.Answer
+
+WITH_DESCRIPTORS = (Opened,)
+"""Answers whose descriptors are handed to who asked; those of any other are closed."""
+
+encode = msgspec.msgpack.Encoder().encode
+decode = msgspec.msgpack.Decoder(Message).decode
+
+
+def read(data: bytes) -> Message:
+    """Decode what a stranger sent; `ProtocolError` where it is no message."""
+    try:
+        message: Message = decode(data)
+        return message
+    except UNREADABLE as error:
+        raise ProtocolError(str(error), errno=errno.EPROTO) from error

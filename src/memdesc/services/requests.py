@@ -1,0 +1,201 @@
+"""Requests over a channel, and the answers to them, both ways.
+
+Requests wait in the thread that makes them; one to a peer that does not read fails at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import socket as sockets
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from memdesc.errors import MemdescError, ProtocolError, TimedOutError, describe_errno
+from memdesc.handover import close_all, discard, too_many_files
+from memdesc.services import protocol
+from memdesc.services.channel import QUEUE_LIMIT, Channel
+from memdesc.services.failures import failed, rebuilt
+from memdesc.vm.task import Task
+
+_T = TypeVar("_T")
+
+_LATE_LIMIT = 16 * QUEUE_LIMIT
+"""Requests that a peer may leave unanswered for good, before it is dropped."""
+
+
+class _Pending:
+    """A request that awaits its answer."""
+
+    __slots__ = ("answer", "done", "fds")
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.answer: Any = None
+        self.fds: list[int] = []
+
+
+class Requester(Channel):
+    """A channel over which either side may ask the other."""
+
+    def __init__(self, sock: sockets.socket, task: Task) -> None:
+        super().__init__(sock, task)
+        self._ids = itertools.count(1)
+        self._pending: dict[int, _Pending] = {}
+        self._late: dict[int, Callable[[Any], None]] = {}
+
+    def _ended(self, why: MemdescError) -> None:
+        super()._ended(why)
+        with self._lock:
+            waiting = list(self._pending.values())
+            self._pending.clear()
+            self._late.clear()
+        for pending in waiting:
+            pending.done.set()
+
+    def _handle(self, message: Any, fds: list[int], lost: bool) -> None:
+        if isinstance(message, protocol.Answer):
+            self._answered(message, fds, lost)
+        else:
+            super()._handle(message, fds, lost)
+
+    def request(
+        self,
+        message: Any,
+        kind: type[_T],
+        fds: Sequence[int] = (),
+        timeout: float | None = 5.0,
+        undo: Callable[[Any], None] | None = None,
+    ) -> tuple[_T, list[int]]:
+        """Send what has an `id`, and wait for its answer of that kind: (answer, its descriptors).
+
+        `undo` is called with an answer that comes when no one waits for it any more.
+
+        Raises
+        ------
+        TimedOutError
+            No answer came in time (ETIMEDOUT); or too many messages wait for the peer as it is,
+            and nothing was sent (ENOBUFS).
+        PeerGoneError, ClosedError
+        ProtocolError
+            It answered what is no answer to this; the connection was ended.
+        MemdescError
+            What the other side answered instead.
+        """
+        if self._loop.here:
+            raise MemdescError(
+                "a request on the I/O thread would wait for itself: make it on another thread"
+            )
+        pending = _Pending()
+        with self._lock:
+            self._pending[message.id] = pending
+        try:
+            self._ask(message, fds)
+            if not pending.done.wait(timeout) and self._give_up(message.id, undo):
+                raise TimedOutError(
+                    f"task {self.task.pid} did not answer {type(message).__name__} within "
+                    f"{timeout} s (stopped, or busy holding the interpreter lock?)",
+                    errno=errno.ETIMEDOUT,
+                )
+        except BaseException:
+            self._give_up(message.id, undo)
+            if pending.answer is not None:  # it came, and nobody will see it
+                discard(pending.fds)
+                (undo or _ignore)(pending.answer)
+            raise
+        return self._checked(pending, kind)
+
+    def _ask(self, message: Any, fds: Sequence[int]) -> None:
+        try:
+            queued = self._put(message, fds)
+        except MemdescError:
+            self._forget(message.id)
+            raise
+        if not queued:
+            self._forget(message.id)
+            raise TimedOutError(
+                f"task {self.task.pid} does not read: {len(self._queue):,} messages wait for "
+                f"it, so {type(message).__name__} was not sent (stopped?)",
+                errno=errno.ENOBUFS,
+            )
+
+    def _forget(self, number: int) -> None:
+        """Await no answer: nothing was sent."""
+        with self._lock:
+            self._pending.pop(number, None)
+
+    def _checked(self, pending: _Pending, kind: type[_T]) -> tuple[_T, list[int]]:
+        answer, fds = pending.answer, pending.fds
+        if answer is None:
+            raise self._gone_again()
+        if isinstance(answer, kind):
+            return answer, fds
+        discard(fds)
+        if isinstance(answer, protocol.Failed):
+            raise rebuilt(answer)
+        error = ProtocolError(
+            f"task {self.task.pid} answered {type(answer).__name__}, not {kind.__name__}",
+            errno=errno.EPROTO,
+        )
+        self._loop.post(lambda: self._end(error))
+        raise error
+
+    def _give_up(self, number: int, undo: Callable[[Any], None] | None) -> bool:
+        """Wait no longer for an answer; False if it came, or the connection ended, meanwhile."""
+        with self._lock:
+            if self._pending.pop(number, None) is None:
+                return False
+            self._late[number] = undo or _ignore
+            if len(self._late) > _LATE_LIMIT:
+                self._drop(f"it answered none of {_LATE_LIMIT:,} requests")
+            return True
+
+    def next_id(self) -> int:
+        """Give a number that no other request of this side has."""
+        return next(self._ids)
+
+    def _answered(self, answer: Any, fds: list[int], lost: bool) -> None:
+        with self._lock:
+            pending = self._pending.pop(answer.id, None)
+            undo = self._late.pop(answer.id, None)
+            if pending is not None:
+                if lost:
+                    answer = failed(answer.id, too_many_files(None))
+                elif isinstance(answer, protocol.WITH_DESCRIPTORS):
+                    pending.fds = list(fds)
+                    fds.clear()
+                pending.answer = answer
+                pending.done.set()
+                return
+        if undo is None:
+            raise ProtocolError(f"an answer to {answer.id}, which was not asked")
+        undo(answer)
+
+    def _answer(self, number: int, work: Callable[[], tuple[Any, list[int]]]) -> None:
+        """Do what was asked; send the answer and its descriptors, or what went wrong.
+
+        Never our stack: the errors of the family travel as what they are.
+        """
+        fds: list[int] = []
+        try:
+            answer, fds = work()
+            self._send_if_there(answer, fds)
+        except ProtocolError:
+            raise
+        except (MemdescError, BufferError) as error:
+            self._send_if_there(failed(number, error))
+        except OSError as error:
+            text = f"task {os.getpid()}: {describe_errno(error)}"
+            self._send_if_there(failed(number, MemdescError(text, errno=error.errno)))
+        except Exception:
+            text = f"task {os.getpid()} failed to answer: its log has the reason"
+            self._send_if_there(failed(number, MemdescError(text)))
+            raise  # to the loop, which logs it
+        finally:
+            close_all(fds)
+
+
+def _ignore(_: Any) -> None:
+    """What undoes an answer that changed nothing."""

@@ -1,0 +1,468 @@
+"""Sharing: what a service shares under names, and how clients list, open and watch it."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket as sockets
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from memdesc.descriptors.base import MemoryDescriptor, check_descriptor
+from memdesc.descriptors.buffer import BufferMemoryDescriptor
+from memdesc.descriptors.received import ReceivedMemoryDescriptor
+from memdesc.errors import (
+    InvalidArgument,
+    MemdescError,
+    ProtocolError,
+    SealedError,
+    ShareNotFoundError,
+    TimedOutError,
+)
+from memdesc.handover import pack, unpack
+from memdesc.mapping import LocalMemoryMap
+from memdesc.services import protocol
+from memdesc.services.accepting import Accepted, Accepting, Allow
+from memdesc.services.limits import Limits
+from memdesc.services.link import Link
+from memdesc.vm.pages import Access
+from memdesc.vm.task import Task
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from memdesc.services.service import Service
+
+log = logging.getLogger("memdesc.services")
+_T = TypeVar("_T")
+
+_SHARES_AT_ONCE = 128
+_MOST_SHARES = 1 << 16
+"""Entries of a list that are read: a service could go on until this process has no memory left."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """One thing that a service shares, and with whom."""
+
+    name: str
+    descriptor: MemoryDescriptor
+    access: Access
+    enforced: bool
+    shape: tuple[int, ...] | None
+    dtype: str | None
+    allow: Allow | None
+
+    def described(self) -> protocol.Share:
+        """As clients are told of it."""
+        return protocol.Share(
+            self.name, self.descriptor.length, self.access.writable, self.shape, self.dtype
+        )
+
+
+class Sharing(Accepting):
+    """What a service has of it."""
+
+    def __init__(self, name: str, allow: Allow | None, limits: Limits) -> None:
+        self._shares: dict[str, _Shared] = {}
+        self._telling = False
+        super().__init__(name, allow, limits)
+
+    def share(
+        self,
+        name: str,
+        descriptor: MemoryDescriptor,
+        *,
+        access: Access | None = None,
+        enforced: bool = True,
+        shape: tuple[int, ...] | None = None,
+        dtype: npt.DTypeLike | None = None,
+        allow: Allow | None = None,
+    ) -> None:
+        """Let clients find a descriptor under a name. Replaces what was shared under it.
+
+        Parameters
+        ----------
+        name : str
+            At most 1,024 characters.
+        descriptor : MemoryDescriptor
+            Kept alive while shared; sealed at the first client's opening.
+        access : Access, optional
+            What clients get; by default the most that `max_access` allows.
+        enforced : bool
+            False accepts read-only as a courtesy on memory that is READ_WRITE.
+        shape, dtype : optional
+            How `mapping.array()` looks at the other side. With `dtype` alone it is flat, and as
+            long as the descriptor then is; a `shape` stays as it is when that grows.
+        allow : callable, optional
+            Further rule for this share: takes the client's Task.
+
+        Raises
+        ------
+        SealedError
+            READ_WRITE memory can not be shared read-only and enforced; nor the other way round.
+        RangeError, InvalidArgument
+            The array does not fit, or can not travel.
+        """
+        protocol.check_name(name)
+        check_descriptor(descriptor, "what is shared")
+        access = descriptor.max_access if access is None else Access(access)
+        if not access.within(descriptor.max_access):
+            raise SealedError(
+                f"{descriptor.name!r} gives {descriptor.max_access.value} at most: make it with "
+                "max_access=READ_WRITE to share it for writing",
+                errno=errno.EACCES,
+            )
+        if enforced and access is Access.READ_ONLY and descriptor.max_access.writable:
+            raise SealedError(
+                f"{descriptor.name!r} is max_access=READ_WRITE: a client that it is shared with "
+                "read-only could re-open it for writing; make it READ_ONLY, or say "
+                "enforced=False if a courtesy is enough",
+                errno=errno.EACCES,
+            )
+        shape, kind = _check_layout(descriptor, shape, dtype)
+        shared = _Shared(name, descriptor, access, enforced, shape, kind, allow)
+        with self._lock:
+            self._check_open()
+            self._shares[name] = shared
+        if isinstance(descriptor, BufferMemoryDescriptor):
+            descriptor.watch_length(self)
+        self.length_changed()  # of what was shared under the name before
+
+    def unshare(self, name: str) -> None:
+        """Share it no longer; clients keep what they have mapped."""
+        with self._lock:
+            self._check_open()
+            if self._shares.pop(name, None) is None:
+                raise ShareNotFoundError(
+                    f"service {self.name!r} shares no {name!r}", errno=errno.ENOENT
+                )
+
+    def shares(self) -> list[protocol.Share]:
+        """List what is shared."""
+        with self._lock:
+            return [shared.described() for shared in self._shares.values()]
+
+    def length_changed(self) -> None:
+        """Have clients that wait for it told of a length that changed; called by buffers."""
+        if not self._closed and not self._telling:
+            self._telling = True
+            self._loop.post(self._tell_lengths)
+
+    def _tell_lengths(self) -> None:
+        self._telling = False  # first: what changes from here on is told the next time
+        for client in self.clients():
+            client.tell_lengths()
+
+    def _visible_to(self, client: Accepted) -> list[protocol.Share]:
+        with self._lock:
+            known = list(self._shares.values())
+        return [one.described() for one in known if _allows(one, client)]
+
+    def _find(self, client: Accepted, name: str) -> _Shared:
+        with self._lock:
+            shared = self._shares.get(name)
+        if shared is None or not _allows(shared, client):
+            raise ShareNotFoundError(
+                f"service {self.name!r} shares no {name[:80]!r} with task {client.task.pid}: see "
+                "shares()",
+                errno=errno.ENOENT,
+            )
+        return shared
+
+    def _ending(self) -> None:
+        super()._ending()
+        with self._lock:
+            self._shares.clear()
+
+
+class SharingClient(Accepted):
+    """What a service's user client has of it."""
+
+    def __init__(self, service: Service, sock: sockets.socket, task: Task) -> None:
+        super().__init__(service, sock, task)
+        self._told: dict[str, int] = {}  # lengths of what it watches, as it last heard
+
+    def _handle(self, message: Any, fds: list[int], lost: bool) -> None:
+        service = self._service
+        if service is None:
+            return
+        if isinstance(message, protocol.ListShares):
+            self._answer(message.id, lambda: self._list(service, message))
+        elif isinstance(message, protocol.OpenShare):
+            self._answer(message.id, lambda: self._open(service, message))
+        elif isinstance(message, protocol.WatchLength):
+            self._answer(message.id, lambda: self._watch(service, message))
+        else:
+            super()._handle(message, fds, lost)
+
+    def _list(
+        self, service: Service, request: protocol.ListShares
+    ) -> tuple[protocol.Shares, list[int]]:
+        shares = service._visible_to(self)[request.start :]
+        page: list[protocol.Share] = []
+        room = protocol.MAX_MESSAGE - 1024
+        for share in shares[:_SHARES_AT_ONCE]:
+            room -= len(protocol.encode(share))
+            if room < 0:
+                break
+            page.append(share)
+        return protocol.Shares(request.id, tuple(page), len(page) < len(shares)), []
+
+    def _open(
+        self, service: Service, request: protocol.OpenShare
+    ) -> tuple[protocol.Opened, list[int]]:
+        shared = service._find(self, request.name)
+        portable, fds = pack(
+            shared.descriptor,
+            shared.access,
+            enforced=shared.enforced,
+            user=self.task.credentials.uid,
+        )
+        return protocol.Opened(request.id, shared.described(), portable), fds
+
+    def _watch(
+        self, service: Service, request: protocol.WatchLength
+    ) -> tuple[protocol.Length, list[int]]:
+        nbytes = service._find(self, request.name).descriptor.length
+        self._told[request.name] = nbytes
+        return protocol.Length(request.id, request.name, nbytes), []
+
+    def tell_lengths(self) -> None:
+        """Tell of the lengths that changed, unless it has not read all yet. On the I/O thread.
+
+        Then it is told when it has: once, of the lengths as they are by then.
+        """
+        service = self._service
+        if service is None:
+            return
+        for name, told in self._told.items():
+            try:
+                nbytes = service._find(self, name).descriptor.length
+            except MemdescError:
+                continue  # it is shared no longer, or not with this one
+            if nbytes != told and not self._queue:
+                self._told[name] = nbytes
+                self._send_if_there(protocol.LengthChanged(name, nbytes))
+
+    def _write_waiting(self) -> None:
+        super()._write_waiting()
+        if not self._queue:
+            self.tell_lengths()
+
+
+class SharedWith(Link):
+    """What a connection has of it."""
+
+    def __init__(
+        self, name: str, sock: sockets.socket, task: Task, limits: Limits, *, allow_copy: bool
+    ) -> None:
+        super().__init__(name, sock, task, limits, allow_copy=allow_copy)
+        self._lengths: dict[str, int] = {}  # of what is watched, as last told
+        self._watched: set[str] = set()
+
+    def shares(self, timeout: float | None = 5.0) -> list[protocol.Share]:
+        """List what the service shares with this client."""
+        found: list[protocol.Share] = []
+        until = None if timeout is None else time.monotonic() + timeout
+        while True:
+            request = protocol.ListShares(self.next_id(), len(found))
+            left = None if until is None else max(until - time.monotonic(), 0)
+            answer, _ = self.request(request, protocol.Shares, timeout=left)
+            found += answer.shares
+            if not answer.more or not answer.shares:
+                return found
+            if len(found) > _MOST_SHARES:
+                raise ProtocolError(
+                    f"service {self.name!r} lists more than {_MOST_SHARES:,} shares, without end",
+                    errno=errno.EPROTO,
+                )
+
+    def descriptor(self, name: str, timeout: float | None = 5.0) -> ReceivedMemoryDescriptor:
+        """Get a descriptor of what is shared under a name, waiting for it. Owned by the caller.
+
+        Raises
+        ------
+        ShareNotFoundError
+            Nothing was in that time, or not with this client (ENOENT).
+        TimedOutError, PeerGoneError, ClosedError
+        """
+        return self._open(name, timeout)[0]
+
+    def wait_length(self, name: str, known: int, timeout: float | None = None) -> int:
+        """Wait until what is shared under a name has another length than `known`; give that.
+
+        The service's buffer was lengthened, grown or shortened (`BufferMemoryDescriptor.grow`,
+        `set_length`), or another descriptor is shared under the name. Descriptors and mappings that
+        are here already stay as they are; `map` again gives the new length.
+
+        Parameters
+        ----------
+        name : str
+            As the service shares it.
+        known : int
+            Bytes: the length of the mapping, say, that this program has.
+        timeout : float, optional
+            Seconds; None waits for ever.
+
+        Returns
+        -------
+        int
+            The latest length that the service has told, in bytes. Those in between are not told.
+
+        Raises
+        ------
+        TimedOutError, ShareNotFoundError, PeerGoneError, ClosedError
+        """
+        until = None if timeout is None else time.monotonic() + timeout
+        if name not in self._lengths:
+            self._watch_length(name, timeout)
+        with self._arrived:
+            while (nbytes := self._lengths.get(name, known)) == known:
+                if self._gone is not None:
+                    raise self._gone_again()
+                left = None if until is None else until - time.monotonic()
+                if left is not None and left <= 0:
+                    raise TimedOutError(
+                        f"{name!r} of service {self.name!r} still had {known:,} bytes after "
+                        f"{timeout} s",
+                        errno=errno.ETIMEDOUT,
+                    )
+                self._arrived.wait(left)
+            return nbytes
+
+    def _watch_length(self, name: str, timeout: float | None) -> None:
+        """Have the service tell of the length of a share, as long as the connection lasts."""
+        protocol.check_name(name)
+        self._watched.add(name)
+        self._ask_about(protocol.WatchLength, name, protocol.Length, timeout)
+
+    def _heard(self, name: str, nbytes: int) -> None:
+        """Note the length of what is watched, in the order in which the service told of it."""
+        with self._arrived:
+            self._lengths[name] = nbytes
+            self._arrived.notify_all()
+
+    def map(
+        self,
+        name: str,
+        *,
+        offset: int = 0,
+        length: int | None = None,
+        access: Access | None = None,
+        prefault: bool = False,
+        guard_pages: int = 0,
+        at_address: int | None = None,
+        timeout: float | None = 5.0,
+    ) -> LocalMemoryMap:
+        """Map what is shared under a name into this task, waiting until it is shared.
+
+        Parameters
+        ----------
+        name : str
+            As the service shares it.
+        offset, length, access, prefault, guard_pages, at_address
+            As of `MemoryDescriptor.create_mapping_in_task`.
+        timeout : float, optional
+            Seconds to wait for the service to share it and to answer; None waits for ever, 0 asks
+            once.
+
+        Returns
+        -------
+        LocalMemoryMap
+            A buffer; `array()` gives it as it was shared. It outlives the connection.
+
+        Raises
+        ------
+        ShareNotFoundError, MappingError, TimedOutError, PeerGoneError, ClosedError
+        """
+        descriptor, share = self._open(name, timeout)
+        mapping = descriptor.map(
+            offset=offset,
+            length=length,
+            access=access,
+            prefault=prefault,
+            guard_pages=guard_pages,
+            at_address=at_address,
+        )
+        if share.dtype is not None and mapping.length == descriptor.length:
+            mapping.layout = share.shape, share.dtype
+        return mapping
+
+    def _open(
+        self, name: str, timeout: float | None
+    ) -> tuple[ReceivedMemoryDescriptor, protocol.Share]:
+        answer, fds = self._ask_about(protocol.OpenShare, name, protocol.Opened, timeout)
+        descriptor = unpack(answer.portable, fds)
+        share = answer.share
+        if (share.nbytes, share.writable) != (descriptor.length, descriptor.max_access.writable):
+            descriptor.close()
+            raise ProtocolError(
+                f"{name!r} is said to have {share.nbytes:,} bytes, writable: {share.writable}; "
+                f"what came has {descriptor.length:,}, {descriptor.max_access.value}",
+                errno=errno.EPROTO,
+            )
+        descriptor.name = name
+        return descriptor, share
+
+    def _ask_about(
+        self,
+        question: type[protocol.OpenShare | protocol.WatchLength],
+        name: str,
+        kind: type[_T],
+        timeout: float | None,
+    ) -> tuple[_T, list[int]]:
+        """Ask until it is shared: a service exists a moment before it shares what it is for."""
+        protocol.check_name(name)
+        until = None if timeout is None else time.monotonic() + timeout
+        pause = 0.002
+        while True:
+            left = None if until is None else max(until - time.monotonic(), 0.05)
+            try:
+                return self.request(question(self.next_id(), name), kind, timeout=left)
+            except ShareNotFoundError:
+                if until is not None and time.monotonic() + pause > until:
+                    raise
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.05)
+
+    def _handle(self, message: Any, fds: list[int], lost: bool) -> None:
+        if isinstance(message, protocol.LengthChanged) and message.name in self._watched:
+            self._heard(message.name, message.nbytes)
+        else:
+            super()._handle(message, fds, lost)
+
+    def _answered(self, answer: Any, fds: list[int], lost: bool) -> None:
+        if isinstance(answer, protocol.Length) and answer.name in self._watched:
+            self._heard(answer.name, answer.nbytes)
+        elif isinstance(answer, protocol.Opened) and answer.share.name in self._lengths:
+            self._heard(answer.share.name, answer.share.nbytes)  # newer than what was told before
+        super()._answered(answer, fds, lost)
+
+
+def _allows(shared: _Shared, client: Accepted) -> bool:
+    if shared.allow is None:
+        return True
+    try:
+        return bool(shared.allow(client.task))
+    except BaseException:
+        log.exception("service.rule_failed", extra={"share": shared.name})
+        return False
+
+
+def _check_layout(
+    descriptor: MemoryDescriptor, shape: tuple[int, ...] | None, dtype: Any
+) -> tuple[tuple[int, ...] | None, str | None]:
+    """Check that an array of that form fits and can travel: (shape, array-protocol string)."""
+    if shape is None and dtype is None:
+        return None, None
+    import numpy as np
+
+    kind = np.dtype("u1" if dtype is None else dtype)
+    if kind.hasobject or kind.names:
+        raise InvalidArgument(
+            f"dtype {kind} can not travel: share it as bytes and give the dtype to array()"
+        )
+    view = descriptor.array(shape, kind)
+    return None if shape is None else view.shape, kind.str

@@ -236,7 +236,7 @@ class ElementList:
 
 class RingEnd:
     """One end of a ring in shared memory. What goes wrong is the subclass's: `_closed`, `_broke`
-    and `_ended` raise.
+    and `_ended` raise. So is what a timeout means: `_deadline` makes a deadline of it.
     """
 
     def _begin(
@@ -248,10 +248,19 @@ class RingEnd:
         `bell_fd`: a socket to which a byte goes with every waking of the other end; -1: none.
         """
 
-    def _sleep(self, wanted: int, spin: int, limit: int) -> bool:
+    _spin: int  # nanoseconds that a call spins where it has to wait
+
+    def _spin_until(self, wanted: int, deadline: float | None) -> bool:
+        """Wait without sleeping; False after `_spin` ns, or at the deadline (monotonic seconds).
+
+        True: the other is at `wanted` or has ended, or this end was closed: look. All but the first
+        microsecond without the GIL. Signal handlers have run.
+        """
+
+    def _sleep(self, wanted: int, limit: int) -> bool:
         """Wait until the other is at `wanted` or has ended; False after `limit` ns or a signal.
 
-        Spins for up to `spin` ns before sleeping, without the GIL. Signal handlers have run.
+        Asleep, without the GIL. Signal handlers have run.
         """
 
     def _want(self, wanted: int) -> None:
@@ -272,8 +281,8 @@ class RingEnd:
     def _state(self) -> int:
         """0: never begun, 1: open, 2: closed, 3: inherited by a fork child."""
 
-    def _counts(self) -> tuple[int, int, int, int]:
-        """entries, bytes, wakings of the other end, sleeps."""
+    def _counts(self) -> tuple[int, int, int, int, int]:
+        """entries, bytes, wakings of the other end, waits, sleeps."""
 
 class RingProducer(RingEnd):
     """Base of `Producer`: its fast half. `_enqueue` and `_too_large` are the subclass's."""

@@ -39,6 +39,7 @@
 #define MD_RING_HEADER ((uint64_t)8)               /* before each entry: its size */
 #define MD_RING_LAST (UINT64_MAX >> 1)             /* no position is beyond */
 #define MD_RING_NONE UINT64_MAX
+#define MD_RING_KEEP ((uint64_t)1000) /* ns for which who spins keeps the CPU to itself */
 
 /* The first line of an end's page; nobody else writes it. */
 struct md_ring_side {
@@ -236,7 +237,7 @@ static inline int md_ring_reached(struct md_ring *ring, uint64_t wanted) {
 }
 
 /* Wait until the other is at `wanted`, or has ended: for `spin` nanoseconds at first without
- * sleeping (pausing for the first eighth, then letting others run), for at most `limit` in all.
+ * sleeping (pausing at first, soon letting others run), for at most `limit` in all.
  * 0: look again. -ETIMEDOUT. -EINTR: a signal. Needs no lock. */
 static inline int md_ring_sleep(struct md_ring *ring, uint64_t wanted, uint64_t spin,
                                 uint64_t limit) {
@@ -248,7 +249,7 @@ static inline int md_ring_sleep(struct md_ring *ring, uint64_t wanted, uint64_t 
                 return 0;
             md_ring_pause();
         }
-        if (passed > spin / 8)
+        if (passed > MD_RING_KEEP)
             sched_yield();
         passed = md_ring_now() - start;
     }

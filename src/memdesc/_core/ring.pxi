@@ -50,6 +50,9 @@ cdef extern from "ring.h" nogil:
     int md_ring_next(md_ring *)
     unsigned char *md_ring_source(md_ring *)
     void md_ring_drop(md_ring *)
+    uint64_t md_ring_now()
+    void md_ring_pause()
+    int md_ring_reached(md_ring *, uint64_t)
     int md_ring_sleep(md_ring *, uint64_t, uint64_t, uint64_t)
     size_t C_POSITION "offsetof(struct md_ring_side, position)"
     size_t C_WANTED "offsetof(struct md_ring_side, wanted)"
@@ -68,6 +71,8 @@ cdef enum:
     INHERITED = 3
 
 cdef Py_ssize_t LONG_COPY = 65536  # bytes; below, giving the GIL up costs more than the copy
+cdef int SHORT_SPIN = 64  # turns, about a microsecond: a peer at work answers in less
+cdef uint64_t LONG_SPIN = 10000000  # ns, after which signal handlers get to run
 
 
 @cython.no_gc_clear  # else the collector could take the memory before __dealloc__ says goodbye
@@ -79,6 +84,8 @@ cdef class RingEnd:
     cdef int state
     cdef int inside    # threads that are in the memory without the GIL
     cdef bint copying
+    cdef uint64_t waits
+    cdef public uint64_t _spin  # ns
     cdef object __weakref__
 
     def __dealloc__(self):
@@ -141,10 +148,8 @@ cdef class RingEnd:
         if self.state != OPEN and not self.inside:
             self.memory = None
 
-    def _sleep(self, uint64_t wanted, uint64_t spin, uint64_t limit):
-        """Wait until the other is at `wanted` or has ended; False after `limit` ns or a signal."""
+    cdef bint wait(self, uint64_t wanted, uint64_t spin, uint64_t limit) except -1:
         cdef int rc
-        self.ready()
         self.inside += 1
         with nogil:
             rc = md_ring_sleep(&self.ring, wanted, spin, limit)
@@ -153,6 +158,41 @@ cdef class RingEnd:
         if rc < 0 and rc != -C_EINTR and rc != -C_ETIMEDOUT:
             _check(rc, "futex")
         return rc == 0
+
+    cdef bint spin_until(self, uint64_t wanted, deadline) except -1:
+        cdef uint64_t left = self._spin, part
+        cdef double seconds
+        cdef int turn
+        if deadline is not None:
+            seconds = <double>deadline - <double>md_ring_now() / 1e9
+            if seconds <= 0:
+                return False
+            if seconds * 1e9 < <double>left:
+                left = <uint64_t>(seconds * 1e9)
+        self.waits += 1
+        if not left:
+            return False
+        # Giving the GIL up and having it back takes as long as what is waited for here.
+        for turn in range(SHORT_SPIN):
+            if md_ring_reached(&self.ring, wanted):
+                return True
+            md_ring_pause()
+        while left:
+            part = left if left < LONG_SPIN else LONG_SPIN
+            if self.wait(wanted, part, part) or self.state != OPEN:
+                return True
+            left -= part
+        return False
+
+    def _spin_until(self, uint64_t wanted, deadline):
+        """Wait without sleeping, for `_spin` ns; True: the other is at `wanted`, or look again."""
+        self.ready()
+        return self.spin_until(wanted, deadline)
+
+    def _sleep(self, uint64_t wanted, uint64_t limit):
+        """Wait until the other is at `wanted` or has ended; False after `limit` ns or a signal."""
+        self.ready()
+        return self.wait(wanted, 0, limit)
 
     def _want(self, uint64_t wanted):
         self.ready()
@@ -192,8 +232,9 @@ cdef class RingEnd:
         return self.state
 
     def _counts(self):
-        """entries, bytes, wakings of the other end, sleeps."""
-        return self.ring.entries, self.ring.bytes, self.ring.rung, self.ring.sleeps
+        """entries, bytes, wakings of the other end, waits, sleeps."""
+        return (self.ring.entries, self.ring.bytes, self.ring.rung, self.waits,
+                self.ring.sleeps)
 
     def __reduce__(self):
         raise TypeError("an end of a queue can not be pickled: hand over its descriptor, and make "
@@ -202,6 +243,8 @@ cdef class RingEnd:
 
 cdef class RingProducer(RingEnd):
     """Base of `Producer`: its fast half."""
+
+    cdef uint64_t wanted  # where the consumer has to be for the entry that found no room
 
     cdef int put(self, data) except -1:
         """Put an entry, not yet published: 1, or 0 where there is no room now."""
@@ -215,6 +258,8 @@ cdef class RingProducer(RingEnd):
             if rc < 0:
                 self.fail()
             if rc == 0:
+                self.wanted = (self.ring.position + md_ring_extent(view.len)
+                               - self.ring.capacity)
                 return 0
             self.copy(md_ring_target(&self.ring), view.buf, view.len)
             if self.state == OPEN:  # not closed by another thread during a long copy
@@ -272,10 +317,16 @@ cdef class RingProducer(RingEnd):
         I/O Kit: IODataQueue::enqueue, which answers false when full. Threads: safe.
         """
         self.begin_put()
-        if self.put(data):
-            md_ring_publish(&self.ring)
-        else:
-            self._enqueue(data, timeout)
+        if not self.put(data):
+            deadline = None if timeout is None else self._deadline(timeout)
+            if not self.spin_until(self.wanted, deadline):
+                self._enqueue(data, timeout, deadline)
+                return
+            self.begin_put()
+            if not self.put(data):
+                self._enqueue(data, timeout, deadline)
+                return
+        md_ring_publish(&self.ring)
 
     def _put_many(self, list entries not None, Py_ssize_t start):
         """Put entries from the number `start` on, as many as fit, published in a few steps."""
@@ -375,7 +426,9 @@ cdef class RingConsumer(RingEnd):
         """
         cdef bytes data
         if not self.begin_take():
-            return self._dequeue(timeout)
+            deadline = None if timeout is None else self._deadline(timeout)
+            if not (self.spin_until(self.ring.position + 1, deadline) and self.begin_take()):
+                return self._dequeue(timeout, deadline)
         data = self.take()
         md_ring_drop(&self.ring)
         md_ring_publish(&self.ring)

@@ -182,13 +182,16 @@ class Producer(_core.RingProducer, End):
 
     def _wait(self, nbytes: int, deadline: float | None) -> bool:
         """Wait until the consumer is so far that there is room, or has ended."""
-        wanted = self._look()[0] + entry_extent(nbytes) - self.capacity
+        wanted = self._wanted(nbytes)
         return wanted <= 0 or self._wait_until(wanted, deadline)
 
-    def _enqueue(self, data: Buffer, timeout: float | None) -> None:
-        deadline = deadline_of(timeout)
+    def _wanted(self, nbytes: int) -> int:
+        return self._look()[0] + entry_extent(nbytes) - self.capacity
+
+    def _enqueue(self, data: Buffer, timeout: float | None, deadline: float | None) -> None:
+        """Go on where `enqueue` has spun in vain."""
         nbytes = memoryview(data).nbytes
-        while self._wait(nbytes, deadline):
+        while self._sleep_until(max(self._wanted(nbytes), 0), deadline):
             if self.try_enqueue(data):
                 return
         raise self._timed_out(timeout, f"no room for {nbytes:,} bytes")
@@ -345,9 +348,9 @@ class Consumer(_core.RingConsumer, End):
         if not self._wait(deadline):
             raise self._timed_out(timeout, "no entry")
 
-    def _dequeue(self, timeout: float | None) -> bytes:
-        deadline = deadline_of(timeout)
-        while self._wait(deadline):
+    def _dequeue(self, timeout: float | None, deadline: float | None) -> bytes:
+        """Go on where `dequeue` has spun in vain."""
+        while self._sleep_until(self._look()[0] + 1, deadline):
             entry = self.try_dequeue()
             if entry is not None:
                 return entry

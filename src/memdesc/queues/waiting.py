@@ -81,7 +81,7 @@ class End(_core.RingEnd):
         self.name = descriptor.name
         self.capacity = descriptor.length - CONTROL
         self._descriptor, self._peer, self._spin = descriptor, peer, int(spin * 1e9)
-        self._waits, self._died = 0, False
+        self._died = False
         self._lock = lock_for(self)
         window = _map(descriptor, self.capacity)
         self._socket = own_socket(socket)
@@ -123,8 +123,8 @@ class End(_core.RingEnd):
 
     def statistics(self) -> QueueStatistics:
         """Tell what this end did."""
-        entries, nbytes, rung, sleeps = self._counts()
-        return QueueStatistics(entries, nbytes, self._waits, sleeps, rung)
+        entries, nbytes, rung, waits, sleeps = self._counts()
+        return QueueStatistics(entries, nbytes, waits, sleeps, rung)
 
     def __enter__(self) -> Self:
         return self
@@ -135,22 +135,33 @@ class End(_core.RingEnd):
     def _wait_until(self, wanted: int, deadline: float | None) -> bool:
         """Wait until the other end is at `wanted`, or has ended; False: the time ran out.
 
-        Who waits already is waited for first. Signal handlers run meanwhile, and may raise.
+        Signal handlers run meanwhile, and may raise.
         """
-        if not _left(deadline) or not self._lock.acquire(timeout=_left(deadline)):
+        return self._spin_until(wanted, deadline) or self._sleep_until(wanted, deadline)
+
+    def _sleep_until(self, wanted: int, deadline: float | None) -> bool:
+        """As `_wait_until`, without spinning. Who sleeps already is waited for first."""
+        left = _left(deadline)
+        if not left or not self._lock.acquire(timeout=left):
             return False
         try:
-            self._waits += 1
-            spin = self._spin
             while left := _left(deadline):
-                if self._sleep(wanted, spin, int(min(left, GLANCE) * 1e9)):
+                if self._sleep(wanted, int(min(left, GLANCE) * 1e9)):
                     return True
-                spin = 0
                 if self._peer is not None and not self._peer.alive:
                     self.peer_gone()
             return False
         finally:
             self._lock.release()
+
+    @staticmethod
+    def _deadline(timeout: float) -> float:
+        """When a call has to be over."""
+        if not timeout >= 0:
+            raise InvalidArgument(
+                f"timeout is {timeout!r}: give seconds from 0, or None", errno=errno.EINVAL
+            )
+        return time.monotonic() + timeout
 
     def _timed_out(self, timeout: float | None, what: str) -> TimedOutError:
         if timeout:
@@ -221,14 +232,8 @@ def _inherit() -> None:
 
 
 def deadline_of(timeout: float | None) -> float | None:
-    """When a call has to be over."""
-    if timeout is None:
-        return None
-    if not timeout >= 0:
-        raise InvalidArgument(
-            f"timeout is {timeout!r}: give seconds from 0, or None", errno=errno.EINVAL
-        )
-    return time.monotonic() + timeout
+    """When a call has to be over; None: never."""
+    return None if timeout is None else End._deadline(timeout)
 
 
 def _left(deadline: float | None) -> float:

@@ -1,0 +1,140 @@
+"""The lock-free algorithms of the core: in every interleaving, and under the thread sanitizer.
+
+The headers themselves, compiled as C: `explore_*.c` runs short programs in every order (and needs
+no luck), `threads_*.c` runs long ones on real threads. With MEMDESC_LOCKFREE=long (`make
+interleave`, `make sanitize`) the programs are longer.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+CORE = HERE.parent.parent / "src" / "memdesc" / "_core"
+LONG = os.environ.get("MEMDESC_LOCKFREE") == "long"
+THREADS = "-fsanitize=thread"
+RACE = 66
+"""What the thread sanitizer exits with."""
+
+pytestmark = pytest.mark.slow
+
+
+def compiled(folder: Path, source: str, *options: str) -> Path:
+    """Compile a program of this folder; a sanitizer that the compiler lacks is a skip."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    if not CORE.is_dir():
+        pytest.skip("no sources of the core here")
+    made = folder / "-".join([source, *options]).replace("=", "-")
+    flags = ["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", f"-I{CORE}"]
+    command = [compiler, *flags, *options, HERE / f"{source}.c", "-o", made, "-pthread"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    if run.returncode and any("sanitize" in option for option in options):
+        tiny = subprocess.run(
+            [compiler, *options, "-xc", "-", "-o", os.devnull],
+            input="int main(void) { return 0; }",
+            text=True,
+            capture_output=True,
+            check=False,
+        )
+        if tiny.returncode:
+            pytest.skip(f"the compiler has no such sanitizer: {tiny.stderr.strip()[:200]}")
+    assert run.returncode == 0, run.stderr
+    return made
+
+
+def ran(command: list[str | Path], limit: float) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=limit,
+        check=False,
+    )
+
+
+# -- every interleaving ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def explore_ring(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compiled(tmp_path_factory.mktemp("explore"), "explore_ring")
+
+
+@pytest.mark.timeout(3600 if LONG else 120)
+def test_a_ring_in_every_interleaving(
+    explore_ring: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = ran([explore_ring, *(["--long"] if LONG else [])], 3500 if LONG else 110)
+    if LONG:
+        with capfd.disabled():
+            print(f"\n{run.stdout}", end="")
+    assert run.returncode == 0, run.stdout
+    lines = run.stdout.splitlines()
+    assert len(lines) >= 6
+    for line in lines:
+        states = int(line.rpartition(": ")[2].split()[0])
+        assert states > 1000, line
+
+
+SLEEPS = "a lost waking: somebody sleeps for ever"
+
+
+@pytest.mark.parametrize(
+    ("mutation", "outcome"),
+    [
+        ("md_ring_publish:fence", SLEEPS),
+        ("md_ring_want:fence", SLEEPS),
+        ("md_ring_ring:add", SLEEPS),
+        ("md_futex:wake", SLEEPS),
+        ("md_futex:wait", SLEEPS),
+        ("md_ring_publish:release", "entry"),
+    ],
+)
+def test_what_a_ring_can_not_do_without(explore_ring: Path, mutation: str, outcome: str) -> None:
+    """Each fence and step that is left out is found: the exploration can fail."""
+    run = ran([explore_ring, "--mutate", mutation], 110)
+    assert run.returncode == 1, run.stdout
+    assert outcome in run.stdout
+    assert run.stdout.rstrip().endswith("FAILED")
+
+
+# -- the thread sanitizer ----------------------------------------------------------------------
+
+
+def sanitized(program: Path, seconds: float, seed: int) -> subprocess.CompletedProcess[str]:
+    # Older sanitizers know fewer of the places where memory may lie at random.
+    setarch = shutil.which("setarch")
+    fixed = [setarch, "-R"] if setarch and not ran([setarch, "-R", "true"], 20).returncode else []
+    run = ran([*fixed, program, str(seconds), str(seed)], seconds + 100)
+    if "unexpected memory mapping" in run.stdout:
+        pytest.skip("the thread sanitizer does not know this layout of the address space")
+    return run
+
+
+@pytest.mark.timeout(1000)
+def test_a_ring_under_the_thread_sanitizer(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    program = compiled(tmp_path, "threads_ring", THREADS)
+    seed = time.time_ns() if LONG else 1
+    run = sanitized(program, 300 if LONG else 1, seed)
+    if LONG:
+        with capfd.disabled():
+            print(f"\nseed {seed}: {run.stdout}", end="")
+    assert run.returncode == 0, f"seed {seed}\n{run.stdout}"
+
+
+def test_the_thread_sanitizer_sees_a_ring_without_release(tmp_path: Path) -> None:
+    program = compiled(tmp_path, "threads_ring", THREADS, "-DWEAK")
+    run = sanitized(program, 0.1, 1)
+    assert run.returncode == RACE, run.stdout
+    assert "data race" in run.stdout

@@ -6,14 +6,25 @@ import contextlib
 import errno
 import socket as sockets
 import threading
-from typing import Any, Self
+import time
+from collections.abc import Callable
+from typing import Any, Self, TypeVar
 
-from memdesc.errors import ClosedError, MemdescError, PeerGoneError, ProtocolError, TimedOutError
+from memdesc.errors import (
+    ClosedError,
+    MemdescError,
+    PeerGoneError,
+    ProtocolError,
+    ShareNotFoundError,
+    TimedOutError,
+)
 from memdesc.services import protocol
 from memdesc.services.failures import rebuilt
 from memdesc.services.limits import Limits
 from memdesc.services.peer import Peer
 from memdesc.vm.task import Task
+
+_T = TypeVar("_T")
 
 
 class Link(Peer):
@@ -60,6 +71,26 @@ class Link(Peer):
             raise rebuilt(self._refused)
         if self._gone is not None:
             raise self._gone_again()
+
+    def _ask_about(
+        self, question: Callable[[int, str], Any], name: str, kind: type[_T], timeout: float | None
+    ) -> tuple[_T, list[int]]:
+        """Ask until it is there: a service exists a moment before it offers what it is for.
+
+        `question` makes the message of its id and the name.
+        """
+        protocol.check_name(name)
+        until = None if timeout is None else time.monotonic() + timeout
+        pause = 0.002
+        while True:
+            left = None if until is None else max(until - time.monotonic(), 0.05)
+            try:
+                return self.request(question(self.next_id(), name), kind, timeout=left)
+            except ShareNotFoundError:
+                if until is not None and time.monotonic() + pause > until:
+                    raise
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.05)
 
     def __enter__(self) -> Self:
         return self

@@ -7,7 +7,7 @@ import logging
 import socket as sockets
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from memdesc.descriptors.base import MemoryDescriptor, check_descriptor
 from memdesc.descriptors.buffer import BufferMemoryDescriptor
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from memdesc.services.service import Service
 
 log = logging.getLogger("memdesc.services")
-_T = TypeVar("_T")
 
 _SHARES_AT_ONCE = 128
 _MOST_SHARES = 1 << 16
@@ -405,27 +404,6 @@ class SharedWith(Link):
             )
         descriptor.name = name
         return descriptor, share
-
-    def _ask_about(
-        self,
-        question: type[protocol.OpenShare | protocol.WatchLength],
-        name: str,
-        kind: type[_T],
-        timeout: float | None,
-    ) -> tuple[_T, list[int]]:
-        """Ask until it is shared: a service exists a moment before it shares what it is for."""
-        protocol.check_name(name)
-        until = None if timeout is None else time.monotonic() + timeout
-        pause = 0.002
-        while True:
-            left = None if until is None else max(until - time.monotonic(), 0.05)
-            try:
-                return self.request(question(self.next_id(), name), kind, timeout=left)
-            except ShareNotFoundError:
-                if until is not None and time.monotonic() + pause > until:
-                    raise
-            time.sleep(pause)
-            pause = min(pause * 1.5, 0.05)
 
     def _handle(self, message: Any, fds: list[int], lost: bool) -> None:
         if isinstance(message, protocol.LengthChanged) and message.name in self._watched:

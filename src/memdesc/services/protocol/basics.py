@@ -50,11 +50,11 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     reason: Name | None = None
 
 
-def check_name(name: str) -> str:
-    """Give a share's name back if it can travel, else raise `InvalidArgument`."""
+def check_name(name: str, what: str = "a share") -> str:
+    """Give a name back if it can travel, else raise `InvalidArgument`. `what` has that name."""
     if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not _can_be_encoded(name):
         raise InvalidArgument(
-            f"a share's name is text of 1 to {MAX_NAME:,} characters, not {str(name)[:80]!r}"
+            f"the name of {what} is text of 1 to {MAX_NAME:,} characters, not {str(name)[:80]!r}"
         )
     return name
 

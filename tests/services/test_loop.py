@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -108,6 +110,51 @@ def test_forks_from_many_threads_while_handlers_run():
     stop.set()
     threads[0].join(30)
     io.run(lambda: None)
+
+
+FORK = """
+import ctypes, functools, logging, os, signal
+strike = functools.partial(getattr(ctypes.CDLL(None), "raise"), signal.SIGINT)
+os.register_at_fork(after_in_parent=strike)  # no Python code: the next one to run is interrupted
+import memdesc as md
+from memdesc.services.loop import loop
+md.Service("camera")
+try:
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+except KeyboardInterrupt:
+    pass
+loop().run(lambda: print("handled", flush=True))
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_during_a_fork_leaves_the_thread_at_work():
+    done = subprocess.run(
+        [sys.executable, "-c", FORK], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout == "handled\n", done.stderr
+
+
+def test_timers_run_in_their_order_and_not_before():
+    io = loops.loop()
+    seen = []
+    done = threading.Event()
+    begun = time.monotonic()
+
+    def begin():
+        io.later(0.03, done.set)
+        for number, seconds in enumerate([0.02, 0.01, 0.01, 0]):
+            io.later(seconds, lambda n=number: seen.append((n, time.monotonic() - begun)))
+
+    io.run(begin)
+    assert done.wait(20)
+    assert [number for number, _ in seen] == [3, 1, 2, 0]
+    assert all(at >= [0.02, 0.01, 0.01, 0][number] for number, at in seen)
+    assert io._until_next() is None
 
 
 def test_a_child_gets_a_thread_of_its_own():

@@ -12,14 +12,18 @@ closed there.
 from __future__ import annotations
 
 import contextlib
+import heapq
+import itertools
 import logging
 import os
 import selectors
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 from memdesc import copyio, mapping
 from memdesc.errors import ClosedError
@@ -48,7 +52,8 @@ class Loop:
         self._posted: deque[Callable[[], None]] = deque()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._selector.register(self._wake, selectors.EVENT_READ, self._drain)
-        self._handling = threading.RLock()
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._numbers = itertools.count()  # of two timers at one time the first comes first
         self._thread = threading.Thread(target=self._run, name=THREAD_NAME, daemon=True)
         try:
             self._thread.start()
@@ -105,6 +110,10 @@ class Loop:
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(fd)
 
+    def later(self, seconds: float, call: Callable[[], None]) -> None:
+        """Have something called here after that time, not before. I/O thread only."""
+        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._numbers), call))
+
     def _drain(self, _: int) -> None:
         os.eventfd_read(self._wake)
         while self._posted:
@@ -112,10 +121,16 @@ class Loop:
 
     def _run(self) -> None:
         while True:
-            ready = self._selector.select()
-            with self._handling:
+            ready = self._selector.select(self._until_next())
+            with _handling:
                 for key, events in ready:
                     self._call(key.data, events)
+                while self._timers and self._timers[0][0] <= time.monotonic():
+                    self._call(heapq.heappop(self._timers)[2])
+
+    def _until_next(self) -> float | None:
+        """Seconds until the next timer; None, and the thread sleeps, where there is none."""
+        return max(self._timers[0][0] - time.monotonic(), 0) if self._timers else None
 
     def _call(self, call: Callable[..., None], *args: int) -> None:
         """One handler's bug must not end the thread that all connections of the process need."""
@@ -123,14 +138,6 @@ class Loop:
             call(*args)
         except BaseException:
             log.exception("loop.handler_failed")
-
-    def before_fork(self) -> bool:
-        """Wait until no handler runs, and let none run until the fork is over."""
-        return self._handling.acquire(timeout=_FORK_WAITS)
-
-    def after_fork(self) -> None:
-        """In the parent: handlers may run again."""
-        self._handling.release()
 
     def forked(self) -> None:
         """Close what the child inherited of the epoll and its wake-up."""
@@ -143,8 +150,8 @@ _loop: Loop | None = None
 _lock = threading.Lock()
 _inherited: weakref.WeakSet[Forked] = weakref.WeakSet()
 _hooked = False
-_held: dict[int, Loop] = {}
-"""By thread: the loop that it holds while it forks."""
+_handling: Any = threading.RLock()
+"""Held while handlers run, and by who forks: so no handler runs during a fork."""
 
 
 def loop() -> Loop:
@@ -158,9 +165,14 @@ def loop() -> Loop:
                 raise no_descriptor("start the I/O thread", error) from error
         if not _hooked:
             _hooked = True
+            # No functions of ours, at whose head the interrupt strikes that came during the fork.
+            # Where the lock was not had, the interpreter says on stderr that it is not to release.
             os.register_at_fork(
-                before=_before_fork, after_in_parent=_after_fork, after_in_child=_in_child
+                before=partial(_handling.acquire, timeout=_FORK_WAITS),
+                after_in_parent=_handling.release,
+                after_in_child=_handling._at_fork_reinit,
             )
+            os.register_at_fork(after_in_child=_in_child)
         return _loop
 
 
@@ -169,20 +181,8 @@ def tell_if_forked(what: Forked) -> None:
     _inherited.add(what)
 
 
-def _before_fork() -> None:
-    if _loop is not None and _loop.before_fork():
-        _held[threading.get_ident()] = _loop
-
-
-def _after_fork() -> None:
-    held = _held.pop(threading.get_ident(), None)
-    if held is not None:
-        held.after_fork()
-
-
 def _in_child() -> None:
     global _loop, _lock
-    _held.clear()
     _lock = threading.Lock()
     mapping.forget_carriers()
     copyio.renew_lock()

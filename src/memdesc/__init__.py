@@ -125,6 +125,7 @@ if TYPE_CHECKING:
         create_data_queue as create_data_queue,
     )
     from memdesc.services.connection import Connection as Connection, connect as connect
+    from memdesc.services.events import Event as Event, Events as Events
     from memdesc.services.limits import Limits as Limits
     from memdesc.services.service import Service as Service
     from memdesc.services.user_client import UserClient as UserClient
@@ -136,6 +137,8 @@ __version__ = "0.2.0"
 _LATER = {
     "Connection": "memdesc.services.connection",
     "connect": "memdesc.services.connection",
+    "Event": "memdesc.services.events",
+    "Events": "memdesc.services.events",
     "Limits": "memdesc.services.limits",
     "Service": "memdesc.services.service",
     "UserClient": "memdesc.services.user_client",

@@ -16,13 +16,14 @@ from memdesc.errors import (
     TimedOutError,
 )
 from memdesc.services import folder
+from memdesc.services.events import Listening
 from memdesc.services.limits import Limits, check_limits
 from memdesc.services.sharing import SharedWith
 from memdesc.vm.task import Task
 
 
 @final
-class Connection(SharedWith):
+class Connection(Listening, SharedWith):
     """A service as its client sees it; made by `connect`.
 
     Attributes
@@ -73,11 +74,12 @@ def connect(
     ServiceNotFoundError
         None appeared (ENOENT, ECONNREFUSED).
     AccessDeniedError
-        The socket, or the service's rule, does not admit this user (EACCES).
+        The socket, or the service's rule, does not admit this user (EACCES); or the service has
+        as many clients as its `Limits` (EDQUOT) or its descriptors (EMFILE) allow.
     TimedOutError
         It is there but does not answer.
     PeerGoneError
-        It ended, or had no file descriptor left for us, while we greeted it.
+        It ended while we greeted it.
     AllocationError
         This process has no file descriptor left (EMFILE).
     """

@@ -24,6 +24,13 @@ class Limits:
         Bytes that these may have together. None: the machine's memory.
     clients : int
         Of a service: clients that may be connected at a time.
+    clients_per_task : int
+        Of a service: as how many of these one task may be connected.
+    connections_per_second : int, optional
+        Of a service: connections that it takes, on the average; 128 at once. What is above waits,
+        and those who are connected are served meanwhile. None: as fast as they come.
+    events : int
+        Of a service: names that a client may listen to at a time.
 
     Raises
     ------
@@ -34,11 +41,16 @@ class Limits:
     mappings: int = 64
     mapped_bytes: int | None = None
     clients: int = 4096
+    clients_per_task: int = 1024
+    connections_per_second: int | None = 500
+    events: int = 64
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None and check_integer(value, field.name) < 0:
+            if value is None and "None" in str(field.type):
+                continue
+            if check_integer(value, field.name) < 0:
                 raise InvalidArgument(
                     f"{field.name} is {value}: a limit is 0 or more", errno=errno.EINVAL
                 )

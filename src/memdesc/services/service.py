@@ -6,6 +6,7 @@ import socket as sockets
 from typing import final
 
 from memdesc.services.accepting import Allow
+from memdesc.services.events import Notifying
 from memdesc.services.limits import Limits
 from memdesc.services.sharing import Sharing
 from memdesc.services.user_client import UserClient
@@ -13,7 +14,7 @@ from memdesc.vm.task import Task
 
 
 @final
-class Service(Sharing):
+class Service(Notifying, Sharing):
     """Shares descriptors under names with the processes that connect (the driver's side).
 
     Parameters

@@ -7,11 +7,12 @@ from typing import Any, final
 
 from memdesc.errors import ProtocolError
 from memdesc.services import protocol
+from memdesc.services.events import NotifiedClient
 from memdesc.services.sharing import SharingClient
 
 
 @final
-class UserClient(SharingClient):
+class UserClient(NotifiedClient, SharingClient):
     """One client of a service.
 
     Attributes

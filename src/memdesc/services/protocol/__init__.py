@@ -16,7 +16,7 @@ import msgspec
 
 from memdesc.errors import ProtocolError
 from memdesc.portable import UNREADABLE
-from memdesc.services.protocol import mappings, sharing
+from memdesc.services.protocol import events, mappings, sharing
 from memdesc.services.protocol.basics import (
     MAX_COPY as MAX_COPY,
     MAX_MESSAGE as MAX_MESSAGE,
@@ -27,6 +27,14 @@ from memdesc.services.protocol.basics import (
     Hello as Hello,
     Welcome as Welcome,
     check_name as check_name,
+)
+from memdesc.services.protocol.events import (
+    MAX_VALUE as MAX_VALUE,
+    Listen as Listen,
+    Notify as Notify,
+    Unlisten as Unlisten,
+    decode_value as decode_value,
+    encode_value as encode_value,
 )
 from memdesc.services.protocol.mappings import (
     Mapped as Mapped,
@@ -50,7 +58,7 @@ from memdesc.services.protocol.sharing import (
     WatchLength as WatchLength,
 )
 
-Message = Hello | Welcome | Done | Failed | sharing.Message | mappings.Message
+Message = Hello | Welcome | Done | Failed | sharing.Message | mappings.Message | events.Message
 Answer = Done | Failed | sharing.Answer | mappings.Answer
 
 WITH_DESCRIPTORS = (Opened,)

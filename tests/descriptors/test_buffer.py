@@ -31,9 +31,8 @@ from memdesc import (
     _core,
     page_size,
 )
-from memdesc.testing import failing
+from memdesc.testing import failing, leak_guard
 from memdesc.testing._kind import locked_pages, region
-from memdesc.testing.leaks import Resources, find_leaks
 
 # ── How it is made ───────────────────────────────────────────────────────────────────────────
 
@@ -241,13 +240,11 @@ def test_more_than_there_is_is_refused_before_anything_is_taken() -> None:
     [("fallocate", errno.ENOSPC), ("fallocate", errno.ENOMEM), ("madvise", errno.EFAULT)],
 )
 def test_what_the_kernel_refuses_leaves_nothing(call: str, number: int) -> None:
-    before = Resources.now()
-    with failing(call, number) as fault, pytest.raises(AllocationError) as caught:
-        BufferMemoryDescriptor(3 * page_size)
-    assert (fault.failures, caught.value.errno) == (1, number)
-    del caught
-    gc.collect()
-    assert find_leaks(before, Resources.now()) == []
+    with leak_guard():
+        with failing(call, number) as fault, pytest.raises(AllocationError) as caught:
+            BufferMemoryDescriptor(3 * page_size)
+        assert (fault.failures, caught.value.errno) == (1, number)
+        del caught
 
 
 def test_without_descriptors_left() -> None:
@@ -277,27 +274,24 @@ def test_wired_from_birth() -> None:
 
 
 def test_what_can_not_be_wired_is_not_allocated() -> None:
-    before = Resources.now()
-    with failing("mlock", errno.ENOMEM), pytest.raises(WiringError) as caught:
-        BufferMemoryDescriptor(3 * page_size, wired=True)
-    assert caught.value.errno == errno.ENOMEM
-    del caught
-    gc.collect()
-    assert find_leaks(before, Resources.now()) == []
+    with leak_guard():
+        with failing("mlock", errno.ENOMEM), pytest.raises(WiringError) as caught:
+            BufferMemoryDescriptor(3 * page_size, wired=True)
+        assert caught.value.errno == errno.ENOMEM
+        del caught
 
 
 def test_wiring_past_the_limit() -> None:
-    def limited() -> tuple[WiringReason, bool]:
+    def limited() -> WiringReason:
         limit_locking(2 * page_size)
-        before = Resources.now()
-        try:
-            BufferMemoryDescriptor(3 * page_size, wired=True)
-        except WiringError as error:
-            reason = error.reason
-        gc.collect()
-        return reason, find_leaks(before, Resources.now()) == []
+        with leak_guard():
+            try:
+                BufferMemoryDescriptor(3 * page_size, wired=True)
+            except WiringError as error:
+                reason = error.reason
+        return reason
 
-    assert in_child(limited) == (WiringReason.LIMIT, True)
+    assert in_child(limited) is WiringReason.LIMIT
 
 
 # ── Huge pages ───────────────────────────────────────────────────────────────────────────────

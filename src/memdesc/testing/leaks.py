@@ -32,6 +32,8 @@ _LASTING_MAPPINGS = re.compile(r"/gconv-modules\.cache$|^/memfd:libffi")
 # Processes that multiprocessing starts once and keeps until this one ends.
 _LASTING_CHILDREN = (b"multiprocessing.resource_tracker", b"multiprocessing.forkserver")
 
+_WALL = 0x40000000  # linux/wait.h: children of every kind
+
 # The one thread of a process with connections; it waits on one epoll and is woken by one
 # eventfd. Both stay as long as the thread does, which is as long as the process.
 _IO_THREAD = "memdesc-io"
@@ -144,6 +146,10 @@ def _read_locked() -> int:
 
 
 def _read_children() -> dict[int, str]:
+    try:  # most often there is none, and one call tells
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT | _WALL)
+    except ChildProcessError:
+        return {}
     # Not /proc/self/task/*/children: it may miss some while others end (proc(5)).
     children = {}
     own = os.getpid()
@@ -151,7 +157,8 @@ def _read_children() -> dict[int, str]:
         if not name.isdigit():
             continue
         with suppress(FileNotFoundError, ProcessLookupError):  # ended meanwhile
-            head, _, tail = Path(f"/proc/{name}/stat").read_text().rpartition(") ")
+            with open(f"/proc/{name}/stat", errors="replace") as file:
+                head, _, tail = file.read().rpartition(") ")
             state, parent, *_ = tail.split()
             if int(parent) == own:
                 children[int(name)] = f"{head.partition('(')[2]}, state {state}"
@@ -315,12 +322,14 @@ def leak_guard(*, allow: Collection[LeakKind] = (), settle: float = 1.0) -> Iter
     before = Resources.now()
     yield
     deadline = time.monotonic() + settle
-    while leaks := _leaks_since(before, allow):
+    leaks = _leaks_since(before, allow)
+    while leaks:
         gc.collect()
         leaks = _leaks_since(before, allow)
         if leaks and time.monotonic() >= deadline:
             raise LeakError(leaks)
-        time.sleep(0.01)
+        if leaks:
+            time.sleep(0.01)
 
 
 def _leaks_since(before: Resources, allow: Collection[LeakKind]) -> list[Leak]:

@@ -134,8 +134,16 @@ def _state(pid: int) -> str:
 
 
 def count_fds(pid: int | str = "self") -> int:
-    """How many descriptors a process has."""
-    return len(os.listdir(f"/proc/{pid}/fd"))
+    """How many descriptors a process has, without that by which a new thread names itself."""
+    folder = f"/proc/{pid}/fd"
+    return sum(not _names_a_thread(f"{folder}/{name}") for name in os.listdir(folder))
+
+
+def _names_a_thread(fd: str) -> bool:
+    try:
+        return os.readlink(fd).endswith("/comm")
+    except FileNotFoundError:  # the listing's own
+        return False
 
 
 def memfds_mapped(pid: int | str, name: str) -> int:

@@ -15,6 +15,7 @@ Where to begin; `help(memdesc.Service)` and so on tells more:
 * `io_malloc`, `io_malloc_aligned`, `io_free` ...  memory by its size, as the model allocates it
 * `send_descriptor`, `receive_descriptor`          over a Unix socket of your own
 * `create_data_queue`, `Producer`, `Consumer`      a queue of entries in shared memory
+* `dma.DirectFile`                 reads and writes descriptors past the page cache
 * `recycler`                       what is kept of freed buffers for the next ones
 * `Access`, `Direction`, `PageKind`, `Contents`    words for arguments
 * `MemdescError`                   the root of all errors; `MappingReason`, `WiringReason`
@@ -24,6 +25,7 @@ The house, from the top down; a room knows only those below it:
 * `cli`, `testing`       the command line; the conformance suite, leak guard and fault injection
 * `iokit`                the model's own spelling
 * `services`             services and connections: who may see which memory
+* `dma`                  disks on the same pages, by O_DIRECT and io_uring; physical segments
 * `queues`               entries of any size from one task to another, through shared memory
 * `alloc`                zones: small pieces of private memory, from a limited pool; io_malloc
 * `handover`             descriptors over Unix sockets and multiprocessing (`portable`: their form)
@@ -108,6 +110,7 @@ from memdesc.vm.task import Task as Task
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from memdesc import dma as dma
     from memdesc.alloc import (
         PageBlock as PageBlock,
         Zone as Zone,
@@ -155,6 +158,9 @@ _LATER = {
     "io_malloc_pageable": "memdesc.alloc",
     "zprint": "memdesc.alloc",
 }
+
+
+_ROOMS = ("dma",)
 
 
 def __getattr__(name: str) -> object:

@@ -6,7 +6,7 @@ large integer is `OverflowError`.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Final, Self, final
 
 from typing_extensions import Buffer
@@ -34,6 +34,7 @@ F_SEAL_EXEC: Final[int]
 MFD_NOEXEC_SEAL: Final[int]
 RING_MAGIC: Final[int]
 RING_OFFSETS: Final[dict[str, int]]
+URING_COOP_TASKRUN: Final[int]
 
 @final
 class MappedMemory:
@@ -314,3 +315,81 @@ class RingConsumer(RingEnd):
 
     def _listen(self) -> None:
         """From here on ask for a waking, after `_clear`, whenever the queue is found empty."""
+
+@final
+class Uring:
+    """One io_uring; made by `open_uring`. What an entry names must stay until it is reaped.
+
+    Let go, it cancels what is in flight and waits for it. In a fork child it does nothing but
+    let go: what is in flight is the parent's.
+    """
+
+    @property
+    def entries(self) -> int:
+        """How many can be prepared before they are submitted."""
+
+    @property
+    def in_flight(self) -> int:
+        """Entries prepared whose completions were not reaped."""
+
+    @property
+    def pending(self) -> int:
+        """Entries prepared and not submitted."""
+
+    @property
+    def closed(self) -> bool: ...
+    def prepare(
+        self,
+        write: bool,
+        file: int,
+        registered_file: bool,
+        address: int,
+        length: int,
+        offset: int,
+        tag: int,
+        buffer: int,
+    ) -> bool:
+        """Prepare a transfer between memory and a file; False where there is no room.
+
+        `file` is a descriptor or an index of the registered ones, `buffer` an index of the
+        registered buffers, or negative.
+        """
+
+    def prepare_cancel(self, cancelled: int, tag: int) -> bool:
+        """Prepare to cancel the entry with a tag; False where there is no room."""
+
+    def reap(self) -> list[tuple[int, int]]:
+        """Take what has completed: (tag, result or -errno)."""
+
+    def close(self) -> None:
+        """Let go of it; `ValueError` while anything is in flight."""
+
+def open_uring(entries: int, completions: int, flags: int) -> Uring:
+    """io_uring_setup, and the mappings. Sizes are rounded up to powers of two."""
+
+def uring_enter(uring: Uring, wait: int, timeout: int) -> int:
+    """io_uring_enter: submit, and wait for `wait` completions for `timeout` ns (negative: ever)."""
+
+def uring_register_files(uring: Uring, fds: Collection[int]) -> None:
+    """Register up to 64 files, once."""
+
+def uring_register_buffers(uring: Uring, count: int) -> None:
+    """Register a table of so many places for buffers, all empty, once."""
+
+def uring_update_buffer(uring: Uring, slot: int, address: int, length: int) -> None:
+    """Have a place of the table mean these bytes, which pins their pages; of length 0: none."""
+
+def uring_register_eventfd(uring: Uring, fd: int) -> None:
+    """Have completions counted in an eventfd; a negative one: no longer."""
+
+def dio_alignment(fd: int) -> tuple[int, int] | None:
+    """Of memory and of offsets for O_DIRECT (STATX_DIOALIGN); None where the kernel says nothing.
+
+    (0, 0): the file takes no O_DIRECT.
+    """
+
+def pread(fd: int, address: int, length: int, offset: int) -> int:
+    """Read into memory that the caller holds; the bytes read."""
+
+def pwrite(fd: int, address: int, length: int, offset: int) -> int:
+    """Write from memory that the caller holds; the bytes written."""

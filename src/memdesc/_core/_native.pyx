@@ -394,3 +394,4 @@ cdef class Attempt:
 include "zone.pxi"
 include "snapshot.pxi"
 include "ring.pxi"
+include "uring.pxi"

@@ -164,15 +164,17 @@ _ROOMS = ("dma",)
 
 
 def __getattr__(name: str) -> object:
+    import importlib
+
+    if name in _ROOMS:
+        return importlib.import_module(f"memdesc.{name}")
     module = _LATER.get(name)
     if module is None:
         raise AttributeError(f"module 'memdesc' has no attribute {name!r}")
-    import importlib
-
     value: object = getattr(importlib.import_module(module), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER})
+    return sorted({*globals(), *_LATER, *_ROOMS})

@@ -91,6 +91,7 @@ cdef class MappedMemory:
     It can not be taken from under a view: a `Window` holds it, and views hold the window.
     """
 
+    cdef object __weakref__  # what lies in it is found by it, as long as it lives
     cdef readonly unsigned long address
     cdef readonly unsigned long length
     cdef object _heir

@@ -12,6 +12,7 @@ from memdesc.copyio import bytes_of
 from memdesc.descriptors import copy_on_write
 from memdesc.descriptors.base import MemoryDescriptor, _nothing
 from memdesc.descriptors.freezing import Frozen, freeze_buffer
+from memdesc.descriptors.homes import note_home
 from memdesc.errors import InvalidArgument, PageKindError, RangeError
 from memdesc.mapping import Extent
 from memdesc.memory.allocation import Allocation, Request, allocate
@@ -162,6 +163,7 @@ class BufferMemoryDescriptor(MemoryDescriptor):
         )
         self._allocation = allocation
         self._window = allocation.window(self.capacity)
+        note_home(self._window, self, 0)
         if wired:
             try:
                 self.prepare()

@@ -11,6 +11,7 @@ import weakref
 from abc import ABC, abstractmethod
 
 from memdesc import _core
+from memdesc.descriptors.homes import note_home
 from memdesc.errors import ClosedError, MappingError, MappingReason
 from memdesc.mapping import (
     Extent,
@@ -187,8 +188,10 @@ class Mappable(_core.Exporter, ABC):
             if mapping is None:
                 if reference:
                     raise self._nothing_to_refer_to(os.getpid())
+                window = self._map_here(offset, length, access, placement)
+                note_home(window, self, offset)
                 mapping = LocalMemoryMap(
-                    self._map_here(offset, length, access, placement),
+                    window,
                     offset=offset,
                     access=access,
                     guard_pages=placement.guard_pages,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
 import pickle
 import random
 import signal
+import socket as sockets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +18,7 @@ from children import in_child
 
 import memdesc as md
 from memdesc import _core
-from memdesc.queues import layout
+from memdesc.queues import layout, notification_pair
 from memdesc.testing.faults import failing
 from memdesc.vm.pages import page_size
 
@@ -239,6 +241,38 @@ def test_a_dropped_end_is_closed(memory: md.BufferMemoryDescriptor) -> None:
     del producer
     with pytest.raises(md.PeerGoneError):
         consumer.dequeue()
+
+
+def test_a_dropped_end_rings_only_at_its_own_socket(memory: md.BufferMemoryDescriptor) -> None:
+    """Its descriptor's number can be another's by the time that the memory goes."""
+    notify, listen = notification_pair()
+    mine, others = sockets.socketpair()
+
+    class Reused:
+        """Gives the number away the moment it is free, as another thread might."""
+
+        def __init__(self, own: sockets.socket) -> None:
+            self.own, self.number = own, own.fileno()
+            self.close, self.fileno = self.take, own.fileno
+
+        def take(self) -> None:
+            self.own.close()
+            os.dup2(mine.fileno(), self.number)
+
+        def __del__(self) -> None:
+            if self.own.fileno() >= 0:
+                self.take()
+
+    with notify, listen, mine, others:
+        producer = md.Producer(memory, notify=notify)
+        producer._socket = Reused(producer._socket)  # type: ignore[assignment]
+        number = producer._socket.number
+        del producer
+        os.close(number)
+        others.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            others.recv(1)
+        assert listen.recv(1) == b"\0"
 
 
 def test_told_of_a_death(ends: Ends) -> None:

@@ -32,7 +32,7 @@ GLANCE = 0.25
 _ends: weakref.WeakSet[_core.RingEnd] = weakref.WeakSet()
 _hooked = False
 _EVER = 1e6  # seconds: what a lock, and the core, take as a timeout
-_INHERITED = 3
+_OPEN, _INHERITED = 1, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ class End(_core.RingEnd):
     @property
     def closed(self) -> bool:
         """Whether `close` was called, or this is a fork child's copy."""
-        return self._state() != 1
+        return self._state() != _OPEN
 
     def close(self) -> None:
         """Be done: the other side is told. Again is a no-op.
@@ -125,6 +125,11 @@ class End(_core.RingEnd):
         """Tell what this end did."""
         entries, nbytes, rung, waits, sleeps = self._counts()
         return QueueStatistics(entries, nbytes, waits, sleeps, rung)
+
+    def __del__(self) -> None:
+        # The base says goodbye too, but only when the socket has gone: at a number of another's.
+        if self._state() == _OPEN:
+            self.close()
 
     def __enter__(self) -> Self:
         return self

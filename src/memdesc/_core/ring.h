@@ -39,7 +39,6 @@
 #define MD_RING_HEADER ((uint64_t)8)               /* before each entry: its size */
 #define MD_RING_LAST (UINT64_MAX >> 1)             /* no position is beyond */
 #define MD_RING_NONE UINT64_MAX
-#define MD_RING_KEEP ((uint64_t)1000) /* ns for which who spins keeps the CPU to itself */
 
 /* The first line of an end's page; nobody else writes it. */
 struct md_ring_side {
@@ -237,7 +236,8 @@ static inline int md_ring_reached(struct md_ring *ring, uint64_t wanted) {
 }
 
 /* Wait until the other is at `wanted`, or has ended: for `spin` nanoseconds at first without
- * sleeping (pausing at first, soon letting others run), for at most `limit` in all.
+ * sleeping (about a microsecond of pauses, then letting others run, and so on), for at most `limit`
+ * in all.
  * 0: look again. -ETIMEDOUT. -EINTR: a signal. Needs no lock. */
 static inline int md_ring_sleep(struct md_ring *ring, uint64_t wanted, uint64_t spin,
                                 uint64_t limit) {
@@ -249,8 +249,7 @@ static inline int md_ring_sleep(struct md_ring *ring, uint64_t wanted, uint64_t 
                 return 0;
             md_ring_pause();
         }
-        if (passed > MD_RING_KEEP)
-            sched_yield();
+        sched_yield();
         passed = md_ring_now() - start;
     }
     if (md_ring_reached(ring, wanted))

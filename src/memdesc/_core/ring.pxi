@@ -71,7 +71,7 @@ cdef enum:
     INHERITED = 3
 
 cdef Py_ssize_t LONG_COPY = 65536  # bytes; below, giving the GIL up costs more than the copy
-cdef int SHORT_SPIN = 64  # turns, about a microsecond: a peer at work answers in less
+cdef int SHORT_SPIN = 32  # turns, about a microsecond: a peer at work answers in less
 cdef uint64_t LONG_SPIN = 10000000  # ns, after which signal handlers get to run
 
 

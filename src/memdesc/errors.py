@@ -380,7 +380,7 @@ class ShareNotFoundError(MemdescError, KeyError):
 
 
 class AccessDeniedError(MemdescError, PermissionError):
-    """The service's rule does not admit this client (EACCES)."""
+    """The service does not admit this client: its rule (EACCES) or a limit (EDQUOT, EMFILE)."""
 
 
 class PeerGoneError(MemdescError, ConnectionError):

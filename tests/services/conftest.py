@@ -8,6 +8,8 @@ from contextlib import ExitStack
 import pytest
 from puppets import Puppet
 
+from memdesc.services import logs
+
 Start = Callable[..., Puppet]
 
 
@@ -23,3 +25,9 @@ def puppet() -> Iterator[Start]:
             return one
 
         yield start
+
+
+@pytest.fixture(autouse=True)
+def every_test_has_its_log() -> None:
+    """What other tests made a service log leaves no line of this one's out."""
+    logs.sparing.forget()

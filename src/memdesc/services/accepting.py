@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import logging
 import os
+import resource
 import socket as sockets
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Self, cast
 
@@ -21,22 +23,30 @@ from memdesc.errors import (
     TimedOutError,
 )
 from memdesc.services import folder, protocol
+from memdesc.services.channel import hang_up
 from memdesc.services.failures import failed
 from memdesc.services.limits import Limits, check_limits
+from memdesc.services.logs import log
 from memdesc.services.loop import Loop, loop, tell_if_forked
 from memdesc.services.peer import Peer
+from memdesc.services.rate import Bucket
 from memdesc.vm.task import Task
 
 if TYPE_CHECKING:
     from memdesc.services.service import Service
     from memdesc.services.user_client import UserClient
 
-log = logging.getLogger("memdesc.services")
-
 Allow = Callable[[Task], bool]
 
 STRANGERS = 128
 """Clients that may be connected without having greeted; one more, and the oldest goes."""
+BURST = 128
+"""Connections that are taken at once, whatever the rate."""
+RESERVE = 128
+"""Descriptors (at most a quarter of all) that no new client gets: they serve those who are in."""
+_PAUSE = 0.01
+"""Seconds at least that connections wait when they come too fast: so several are taken at a time,
+and not one with every turn of the I/O thread."""
 
 
 class Accepting:
@@ -52,9 +62,12 @@ class Accepting:
         self._lock = threading.RLock()
         self._joining = threading.Condition(self._lock)
         self._clients: list[Accepted] = []
+        self._of_task: Counter[Task] = Counter()
         self._unseen: list[Accepted] = []
         self._strangers: dict[Accepted, None] = {}  # that have not greeted; oldest first
         self._closed = False
+        rate = self.limits.connections_per_second
+        self._rate = None if rate is None else Bucket(rate, BURST)
         self._loop = loop()
         self._listener = folder.Listener(name, for_all=allow is not None)
         self.path = self._listener.path
@@ -63,6 +76,10 @@ class Accepting:
 
     def _begin(self) -> None:
         """Take clients from now on; the last thing that a service's making does."""
+        self._loop.run(self._watch)
+
+    def _watch(self) -> None:
+        """Look for those who connect. On the I/O thread."""
         this = weakref.ref(self)
 
         def ready(_: int) -> None:
@@ -70,7 +87,20 @@ class Accepting:
             if service is not None:
                 service._accept()
 
-        self._loop.run(lambda: self._loop.watch(self._listener.sock.fileno(), ready))
+        self._loop.watch(self._listener.sock.fileno(), ready)
+
+    def _pause(self, seconds: float) -> None:
+        """Let those who connect wait. On the I/O thread."""
+        this = weakref.ref(self)
+
+        def go_on() -> None:
+            service = this()
+            if service is not None and not service._closed:
+                service._watch()
+
+        self._loop.forget(self._listener.sock.fileno())
+        if seconds < threading.TIMEOUT_MAX:
+            self._loop.later(seconds, go_on)
 
     # -- clients ---------------------------------------------------------------------------------
 
@@ -117,6 +147,9 @@ class Accepting:
     def _accept(self) -> None:
         if self._closed:
             return
+        if self._rate is not None and not self._rate.take():
+            self._pause(max(self._rate.wait, _PAUSE))
+            return
         try:
             sock, _ = self._listener.sock.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -127,6 +160,29 @@ class Accepting:
             log.warning("service.no_descriptors", extra={"service": self.name})
             self._listener.turn_away()
             return
+        if self._has_room(sock):
+            self._take_in(sock)
+
+    def _has_room(self, sock: sockets.socket) -> bool:
+        """Whether there are descriptors for one more client; else it is turned away."""
+        # The lowest free number is given out: below this one all are taken.
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if most == resource.RLIM_INFINITY or sock.fileno() < most - min(RESERVE, most // 4):
+            return True
+        log.warning("service.no_descriptors", extra={"service": self.name})
+        refusal = AccessDeniedError(
+            f"service {self.name!r} takes no further client: of its {most:,} descriptors no more "
+            f"than {most - sock.fileno():,} are left, and those serve the clients that it has; "
+            "raise its `ulimit -n`",
+            errno=errno.EMFILE,
+        )
+        sock.setblocking(False)
+        with contextlib.suppress(OSError):  # it has gone already
+            sock.send(protocol.encode(failed(0, refusal)), sockets.MSG_NOSIGNAL)
+        hang_up(sock)
+        return False
+
+    def _take_in(self, sock: sockets.socket) -> None:
         try:
             client = self._new_client(sock)
             client.start()
@@ -146,19 +202,46 @@ class Accepting:
                 )
             )
 
+    def _refusal(self, task: Task) -> AccessDeniedError | None:
+        """Why a client that greets is not let in; None where it is."""
+        if not self.admits(task):
+            return AccessDeniedError(
+                f"service {self.name!r} does not admit user {task.credentials.uid} "
+                f"(task {task.pid}): its owner decides by allow=…",
+                errno=errno.EACCES,
+            )
+        with self._lock:
+            clients, of_task = len(self._clients), self._of_task[task]
+        for limit, have in (("clients", clients), ("clients_per_task", of_task)):
+            most = getattr(self.limits, limit)
+            if have >= most:
+                log.warning("service.full", extra={"service": self.name, "limit": limit})
+                whom = f" of task {task.pid}" if have is of_task else ""
+                return AccessDeniedError(
+                    f"service {self.name!r} takes {most:,} clients{whom} at a time, and has "
+                    f"{have:,}: close some, or let it say limits=Limits({limit}=…)",
+                    errno=errno.EDQUOT,
+                )
+        return None
+
     def _joined(self, client: Accepted) -> None:
         with self._joining:
             self._strangers.pop(client, None)
             self._clients.append(client)
+            self._of_task[client.task] += 1
             self._unseen.append(client)
             self._joining.notify_all()
 
     def _left(self, client: Accepted) -> None:
         with self._joining:
             self._strangers.pop(client, None)
-            for books in (self._clients, self._unseen):
-                if client in books:
-                    books.remove(client)
+            if client in self._unseen:
+                self._unseen.remove(client)
+            if client in self._clients:
+                self._clients.remove(client)
+                self._of_task[client.task] -= 1
+                if not self._of_task[client.task]:
+                    del self._of_task[client.task]
 
     # -- lifetime --------------------------------------------------------------------------------
 
@@ -199,6 +282,7 @@ class Accepting:
             self._closed = True
             self._listener.close()
         self._clients.clear()
+        self._of_task.clear()
         self._unseen.clear()
         self._strangers.clear()
 
@@ -223,12 +307,8 @@ class Accepted(Peer):
                 f"the client speaks version {hello.version}, this service {protocol.VERSION}",
                 errno=errno.EPROTO,
             )
-        if not service.admits(self.task):
-            refusal = AccessDeniedError(
-                f"service {service.name!r} does not admit user {self.task.credentials.uid} "
-                f"(task {self.task.pid}): its owner decides by allow=…",
-                errno=errno.EACCES,
-            )
+        refusal = service._refusal(self.task)
+        if refusal is not None:
             self._send_if_there(failed(0, refusal))
             self._end(refusal)
             return

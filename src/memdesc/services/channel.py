@@ -81,8 +81,7 @@ class Channel:
         def died(_: int) -> None:
             channel = this()
             if channel is not None:
-                channel._ready(selectors.EVENT_READ)  # what it said before it died
-                channel._end(gone(channel.task))
+                channel._end_after_reading()
 
         def watch() -> None:
             self._loop.watch(self._life.sock.fileno(), ready)
@@ -131,6 +130,11 @@ class Channel:
         self._life.end(self._loop)
         self._ended(why)
         log.debug("channel.ended", extra={"pid": self.task.pid, "why": str(why)})
+
+    def _end_after_reading(self) -> None:
+        """End for a peer that has gone, after what it said before. On the I/O thread."""
+        self._ready(selectors.EVENT_READ)
+        self._end(gone(self.task))
 
     def _clear_queue(self) -> None:
         for _, fds in self._queue:
@@ -206,8 +210,7 @@ class Channel:
         except OSError as error:
             if error.errno == errno.ETOOMANYREFS:
                 raise too_many_files(error) from error
-            why = gone(self.task)
-            self._loop.post(lambda: self._end(why))
+            self._loop.post(self._end_after_reading)
         return True
 
     def _write_waiting(self) -> None:
@@ -288,10 +291,7 @@ class _Life:
         """End the connection. On the I/O thread."""
         io.forget(self.sock.fileno())
         io.forget(self.pidfd)
-        # The peer is to see the end also where a fork child holds the socket still.
-        with contextlib.suppress(OSError):  # ENOTCONN: the peer was first
-            self.sock.shutdown(sockets.SHUT_RDWR)
-        discard_unread(self.sock)
+        hang_up(self.sock)
         self.close()
 
     def close(self) -> None:
@@ -300,6 +300,15 @@ class _Life:
         pidfd, self.pidfd = self.pidfd, -1
         if pidfd >= 0:
             os.close(pidfd)
+
+
+def hang_up(sock: sockets.socket) -> None:
+    """End the conversation and close the socket. The peer can still read what was sent."""
+    # The peer is to see the end also where a fork child holds the socket still.
+    with contextlib.suppress(OSError):  # ENOTCONN: the peer was first
+        sock.shutdown(sockets.SHUT_RDWR)
+    discard_unread(sock)
+    sock.close()
 
 
 def duplicates(fds: Sequence[int]) -> list[int]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import heapq
 import itertools
-import logging
 import os
 import selectors
 import threading
@@ -28,8 +27,8 @@ from typing import Any, Protocol
 from memdesc import copyio, mapping
 from memdesc.errors import ClosedError
 from memdesc.services.failures import no_descriptor
+from memdesc.services.logs import log
 
-log = logging.getLogger("memdesc.services")
 THREAD_NAME = "memdesc-io"
 
 _FORK_WAITS = 10.0

@@ -26,6 +26,7 @@ The house, from the top down; a room knows only those below it:
 * `iokit`                the model's own spelling
 * `services`             services and connections: who may see which memory
 * `dma`                  disks on the same pages, by O_DIRECT and io_uring; physical segments
+* `streams`              slots of shared memory, filled in place by one, seen in place by many
 * `queues`               entries of any size from one task to another, through shared memory
 * `alloc`                zones: small pieces of private memory, from a limited pool; io_malloc
 * `handover`             descriptors over Unix sockets and multiprocessing (`portable`: their form)
@@ -132,6 +133,11 @@ if TYPE_CHECKING:
     from memdesc.services.limits import Limits as Limits
     from memdesc.services.service import Service as Service
     from memdesc.services.user_client import UserClient as UserClient
+    from memdesc.streams import (
+        Backpressure as Backpressure,
+        Stream as Stream,
+        Subscription as Subscription,
+    )
 
 __version__ = "0.2.0"
 
@@ -145,6 +151,9 @@ _LATER = {
     "Limits": "memdesc.services.limits",
     "Service": "memdesc.services.service",
     "UserClient": "memdesc.services.user_client",
+    "Backpressure": "memdesc.streams",
+    "Stream": "memdesc.streams",
+    "Subscription": "memdesc.streams",
     "Consumer": "memdesc.queues",
     "Producer": "memdesc.queues",
     "create_data_queue": "memdesc.queues",

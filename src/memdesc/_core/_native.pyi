@@ -32,6 +32,8 @@ F_SEAL_WRITE: Final[int]
 F_SEAL_FUTURE_WRITE: Final[int]
 F_SEAL_EXEC: Final[int]
 MFD_NOEXEC_SEAL: Final[int]
+OFFERS_MAGIC: Final[int]
+OFFERS_OFFSETS: Final[dict[str, int]]
 RING_MAGIC: Final[int]
 RING_OFFSETS: Final[dict[str, int]]
 URING_COOP_TASKRUN: Final[int]
@@ -393,3 +395,189 @@ def pread(fd: int, address: int, length: int, offset: int) -> int:
 
 def pwrite(fd: int, address: int, length: int, offset: int) -> int:
     """Write from memory that the caller holds; the bytes written."""
+
+def note_fork() -> None:
+    """In a fork child: the ends of streams that it inherited are the parent's from here on."""
+
+@final
+class StreamLine:
+    """What the publisher knows of one subscriber: its books, and the memory shared with it."""
+
+    @property
+    def subscriber(self) -> Any: ...
+    def state(self) -> tuple[int, int]:
+        """1: open, 2: leaves and holds slots still, 3: gone; and the reason told, or 0."""
+
+    def counts(self) -> tuple[int, int, int, int, int]:
+        """offers, dropped, wakings, pending, held, as last looked at."""
+
+    def sleep(self, wanted: int, spin: int, limit: int) -> bool:
+        """Wait until so many offers were taken out, or the line ends; False: time, or a signal.
+
+        Spins for up to `spin` ns before sleeping, without the GIL. Signal handlers have run.
+        """
+
+class StreamPool:
+    """Base of `Stream`: its fast half. `_loan`, `_tidy`, `_closed`, `_too_many_loans`,
+    `_not_loaned` and `_check_nbytes` are the subclass's.
+    """
+
+    def loan(self, timeout: float | None = None) -> LoanedSlot: ...
+    def _begin(
+        self,
+        window: Window,
+        header_size: int,
+        slots: int,
+        stride: int,
+        slot_size: int,
+        loans: int,
+        make_array: Callable[[Any], Any],
+        encode: Callable[[object], bytes],
+    ) -> None:
+        """Once, before anything else. The window: headers, page-rounded, then the slots."""
+
+    def _take(self) -> LoanedSlot | None:
+        """A slot to fill; None where a subscriber has no room for it yet."""
+
+    def _blocked(self) -> tuple[StreamLine, int] | None:
+        """Who has no room for a loan more, and how many offers must be taken out for it."""
+
+    def _add(
+        self,
+        window: Window,
+        depth: int,
+        loans: int,
+        policy: int,
+        bell_fd: int,
+        latest: bool,
+        subscriber: object,
+    ) -> StreamLine:
+        """Have a subscriber more, on memory that is zero. `policy`: 0 to 3, as in offers.h."""
+
+    def _refresh(self) -> bool:
+        """Look what the subscribers took, gave back and said; tell whether a line ended."""
+
+    def _end(self, line: StreamLine, reason: int, keep: bool) -> None:
+        """Be done with a subscriber; with `keep` it has what it holds until it gives that back."""
+
+    def _gone(self) -> list[StreamLine]:
+        """Take those out that are gone."""
+
+    def _close(self) -> None:
+        """Tell all subscribers that the stream has ended."""
+
+    def _state(self) -> int:
+        """0: never begun, 1: open, 2: closed, 3: inherited by a fork child."""
+
+    def _lines(self) -> list[StreamLine]: ...
+    def _reserved(self) -> int:
+        """Slots that must be left for the subscribers."""
+
+    def _counts(self) -> tuple[int, int, int, int, int, int]:
+        """published, discarded, bytes, free slots, loaned ones, the last sequence number."""
+
+@final
+class LoanedSlot:
+    """A slot of a stream, to be filled in place."""
+
+    @property
+    def nbytes(self) -> int: ...
+    @nbytes.setter
+    def nbytes(self, value: int) -> None: ...
+    @property
+    def metadata(self) -> object: ...
+    @metadata.setter
+    def metadata(self, value: object) -> None: ...
+    @property
+    def array(self) -> Any: ...
+    @property
+    def buffer(self) -> memoryview: ...
+    def publish(self) -> None: ...
+    def discard(self) -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *exc: object) -> None: ...
+
+@final
+class SlotMemory:
+    """The bytes of one slot, as a subscriber sees them: what every view of them holds."""
+
+    @property
+    def exports(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+@final
+class TakenSlot:
+    """A slot that a subscriber has: a read-only buffer."""
+
+    @property
+    def sequence(self) -> int: ...
+    @property
+    def timestamp(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def array(self) -> Any: ...
+    @property
+    def metadata(self) -> Any: ...
+    @property
+    def held(self) -> bool: ...
+    def keep(self) -> None: ...
+    def release(self) -> None: ...
+    def _next_turn(self) -> None:
+        """As leaving a block, unless it is kept."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *exc: object) -> None: ...
+    def __len__(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+class StreamSubscriber:
+    """Base of `Subscription`: its fast half. `_take`, `_clear`, `_closed`, `_ended`,
+    `_broke` and `_too_many_loans` are the subclass's.
+    """
+
+    def try_take(self) -> TakenSlot | None: ...
+    def take(self, timeout: float | None = None) -> TakenSlot: ...
+    def _begin(
+        self,
+        pool: Window,
+        offers: Window,
+        header_size: int,
+        slots: int,
+        stride: int,
+        slot_size: int,
+        depth: int,
+        loans: int,
+        make_array: Callable[[Any], Any],
+        decode: Callable[[bytes], Any],
+        given_back: Callable[[], Exception],
+        lease: Callable[[], object] | None,
+    ) -> bool:
+        """Once, before anything else; False where the memory is no subscriber's.
+
+        `lease` is called once, when this end is closed and holds nothing any more.
+        """
+
+    def _ready(self) -> bool:
+        """Whether something is offered; raises where nothing will be any more."""
+
+    def _sleep(self, spin: int, limit: int) -> bool:
+        """Wait until something is offered, or the publisher ends; False after `limit` ns."""
+
+    def _pending(self) -> int:
+        """How many slots are offered now."""
+
+    def _listen(self) -> None:
+        """From here on ask for a waking, after `_clear`, whenever nothing is found."""
+
+    def _set_gone(self) -> None:
+        """Have the publisher be known as ended."""
+
+    def _close(self) -> None:
+        """Say that this end is done; slots that are held stay so."""
+
+    def _state(self) -> int:
+        """0: never begun, 1: open, 2: closed, 3: inherited by a fork child."""
+
+    def _counts(self) -> tuple[int, int, int, int, int, int, int]:
+        """taken, missed, bytes, slots held, wakings of the publisher, sleeps, last sequence."""

@@ -395,4 +395,5 @@ cdef class Attempt:
 include "zone.pxi"
 include "snapshot.pxi"
 include "ring.pxi"
+include "offers.pxi"
 include "uring.pxi"

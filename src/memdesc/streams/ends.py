@@ -1,0 +1,114 @@
+"""What both ends of a stream have: waiting, fork, what metadata is."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+import weakref
+from typing import Any, Protocol
+
+from memdesc import _core
+from memdesc.descriptors.base import MemoryDescriptor
+from memdesc.errors import ClosedError, InvalidArgument, ProtocolError, RangeError, TimedOutError
+from memdesc.streams.layout import METADATA_LIMIT
+from memdesc.vm.pages import Access
+
+INHERITED = 3
+_EVER = 1e6  # seconds: what a lock, and the core, take as a timeout
+_hooked = False
+
+
+class End(Protocol):
+    """Either end."""
+
+    def _inherit(self) -> None:
+        """In a fork child: close what must not be held there."""
+
+
+_ends: weakref.WeakSet[End] = weakref.WeakSet()
+
+
+def register(end: End) -> None:
+    """Have an end know of forks: it stays the parent's."""
+    global _hooked
+    if not _hooked:
+        _hooked = True
+        # Not in a function of ours, at whose head an interrupt strikes that came during the fork.
+        os.register_at_fork(after_in_child=_core.note_fork)
+        os.register_at_fork(after_in_child=_inherit)
+    _ends.add(end)
+
+
+def _inherit() -> None:
+    for end in list(_ends):
+        end._inherit()
+
+
+def window_of(descriptor: MemoryDescriptor, access: Access, nbytes: int) -> _core.Window:
+    """Map a stream's memory at addresses of its own."""
+    if descriptor.length < nbytes:
+        raise ProtocolError(
+            f"{descriptor.name!r} has {descriptor.length:,} bytes; a stream of its form takes "
+            f"{nbytes:,}",
+            errno=errno.EPROTO,
+        )
+    mapping = descriptor.map(access=access, length=nbytes, unique=True, prefault=True)
+    window = mapping._export()
+    if not isinstance(window, _core.Window):
+        raise InvalidArgument(
+            f"{descriptor.name!r} is private memory: it can be no part of a stream",
+            errno=errno.EINVAL,
+        )
+    return window
+
+
+def encode(value: object) -> bytes:
+    """Metadata as it travels."""
+    import msgspec
+
+    try:
+        encoded = msgspec.msgpack.encode(value)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise InvalidArgument(
+            f"metadata can not travel ({error}): give dicts, lists, strings, numbers, bytes",
+            errno=errno.EINVAL,
+        ) from error
+    if len(encoded) > METADATA_LIMIT:
+        raise RangeError(
+            f"metadata of {len(encoded):,} bytes: a slot carries at most {METADATA_LIMIT}; put it "
+            "into the slot itself",
+            errno=errno.EMSGSIZE,
+        )
+    return encoded
+
+
+def decode(encoded: bytes) -> Any:
+    """What the publisher gave as metadata."""
+    import msgspec
+
+    from memdesc.portable import UNREADABLE
+
+    try:
+        return msgspec.msgpack.decode(encoded)
+    except UNREADABLE as error:
+        raise ProtocolError(
+            f"the slot's metadata can not be read: {error}", errno=errno.EPROTO
+        ) from error
+
+
+def given_back() -> ClosedError:
+    """What is raised where a slot is used after it was given back."""
+    return ClosedError("this slot was given back: keep() it, or copy what is needed longer")
+
+
+def time_left(deadline: float | None) -> float:
+    """Seconds; a long time for ever."""
+    return _EVER if deadline is None else min(max(deadline - time.monotonic(), 0.0), _EVER)
+
+
+def timed_out(timeout: float | None, what: str) -> TimedOutError:
+    """What a wait ends with."""
+    if timeout:
+        return TimedOutError(f"{what} in {timeout} s", errno=errno.ETIMEDOUT)
+    return TimedOutError(f"{what} now, and no time to wait was given", errno=errno.EAGAIN)

@@ -131,6 +131,10 @@ if TYPE_CHECKING:
     from memdesc.services.connection import Connection as Connection, connect as connect
     from memdesc.services.events import Event as Event, Events as Events
     from memdesc.services.limits import Limits as Limits
+    from memdesc.services.queues import (
+        ClientConsumers as ClientConsumers,
+        ClientProducers as ClientProducers,
+    )
     from memdesc.services.service import Service as Service
     from memdesc.services.user_client import UserClient as UserClient
     from memdesc.streams import (
@@ -146,6 +150,8 @@ __version__ = "0.2.0"
 _LATER = {
     "Connection": "memdesc.services.connection",
     "connect": "memdesc.services.connection",
+    "ClientConsumers": "memdesc.services.queues",
+    "ClientProducers": "memdesc.services.queues",
     "Event": "memdesc.services.events",
     "Events": "memdesc.services.events",
     "Limits": "memdesc.services.limits",

@@ -14,6 +14,7 @@ The way, from below:
 The capabilities, each with what a service, its user clients and a connection have of it:
 
 * `sharing`: descriptors under names
+* `queues`: a data queue for each client (`errands`: what takes too long for the I/O thread)
 * `events`: what a service tells its clients of (`readable`: waiting for it in asyncio)
 
 And what they make together: `service`, `user_client` (the driver's side), `connection`.

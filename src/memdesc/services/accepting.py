@@ -323,6 +323,17 @@ class Accepted(Peer):
             service._left(self)
 
 
+def allows(rule: Allow | None, client: Accepted, what: str) -> bool:
+    """Whether a further rule, for what has that name, lets a client; one that raises does not."""
+    if rule is None:
+        return True
+    try:
+        return bool(rule(client.task))
+    except BaseException:
+        log.exception("service.rule_failed", extra={"share": what})
+        return False
+
+
 def _abandon(io: Loop, listener: folder.Listener) -> None:
     """Give up the name and the descriptors of a service that was dropped without close()."""
     try:

@@ -18,12 +18,13 @@ from memdesc.errors import (
 from memdesc.services import folder
 from memdesc.services.events import Listening
 from memdesc.services.limits import Limits, check_limits
+from memdesc.services.queues.parts import QueuedTo
 from memdesc.services.sharing import SharedWith
 from memdesc.vm.task import Task
 
 
 @final
-class Connection(Listening, SharedWith):
+class Connection(Listening, QueuedTo, SharedWith):
     """A service as its client sees it; made by `connect`.
 
     Attributes

@@ -29,7 +29,7 @@ from memdesc.services.failures import no_descriptor
 from memdesc.services.limits import Limits
 from memdesc.services.link import Link
 from memdesc.services.loop import Loop, tell_if_forked
-from memdesc.services.readable import readable
+from memdesc.services.readable import Incoming
 from memdesc.vm.task import Task
 
 if TYPE_CHECKING:
@@ -298,7 +298,7 @@ class _Bell:
 
 
 @final
-class Events:
+class Events(Incoming[Event]):
     """Events of a service, as they come; made by `Connection.events`.
 
     Iterate over it, with ``for`` or ``async for``; or `get`; or wait for `fileno` in any event
@@ -433,30 +433,6 @@ class Events:
         self._finalizer.detach()
         self._closed = self._inherited = True
         self._bell.close()
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Event:
-        try:
-            return self.get()
-        except ClosedError:
-            if self._closed and not self._inherited:
-                raise StopIteration from None
-            raise
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Event:
-        try:
-            while (event := self.try_get()) is None:
-                await readable(self.fileno())
-        except ClosedError:
-            if self._closed and not self._inherited:
-                raise StopAsyncIteration from None
-            raise
-        return event
 
     def __enter__(self) -> Self:
         return self

@@ -29,6 +29,10 @@ class Limits:
     connections_per_second : int, optional
         Of a service: connections that it takes, on the average; 128 at once. What is above waits,
         and those who are connected are served meanwhile. None: as fast as they come.
+    queue_bytes : int
+        Of a service: bytes of the queues that a client may have open together.
+    wired_bytes : int
+        Of a service: how many of these may be of queues that are wired.
     events : int
         Of a service: names that a client may listen to at a time.
 
@@ -43,6 +47,8 @@ class Limits:
     clients: int = 4096
     clients_per_task: int = 1024
     connections_per_second: int | None = 500
+    queue_bytes: int = 64 << 20
+    wired_bytes: int = 4 << 20
     events: int = 64
 
     def __post_init__(self) -> None:

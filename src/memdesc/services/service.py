@@ -8,13 +8,14 @@ from typing import final
 from memdesc.services.accepting import Allow
 from memdesc.services.events import Notifying
 from memdesc.services.limits import Limits
+from memdesc.services.queues.parts import Queueing
 from memdesc.services.sharing import Sharing
 from memdesc.services.user_client import UserClient
 from memdesc.vm.task import Task
 
 
 @final
-class Service(Notifying, Sharing):
+class Service(Notifying, Queueing, Sharing):
     """Shares descriptors under names with the processes that connect (the driver's side).
 
     Parameters

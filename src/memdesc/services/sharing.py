@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import socket as sockets
 import time
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from memdesc.errors import (
 from memdesc.handover import pack, unpack
 from memdesc.mapping import LocalMemoryMap
 from memdesc.services import protocol
-from memdesc.services.accepting import Accepted, Accepting, Allow
+from memdesc.services.accepting import Accepted, Accepting, Allow, allows
 from memdesc.services.limits import Limits
 from memdesc.services.link import Link
 from memdesc.vm.pages import Access
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 
     from memdesc.services.service import Service
 
-log = logging.getLogger("memdesc.services")
 
 _SHARES_AT_ONCE = 128
 _MOST_SHARES = 1 << 16
@@ -157,12 +155,12 @@ class Sharing(Accepting):
     def _visible_to(self, client: Accepted) -> list[protocol.Share]:
         with self._lock:
             known = list(self._shares.values())
-        return [one.described() for one in known if _allows(one, client)]
+        return [one.described() for one in known if allows(one.allow, client, one.name)]
 
     def _find(self, client: Accepted, name: str) -> _Shared:
         with self._lock:
             shared = self._shares.get(name)
-        if shared is None or not _allows(shared, client):
+        if shared is None or not allows(shared.allow, client, name):
             raise ShareNotFoundError(
                 f"service {self.name!r} shares no {name[:80]!r} with task {client.task.pid}: see "
                 "shares()",
@@ -417,16 +415,6 @@ class SharedWith(Link):
         elif isinstance(answer, protocol.Opened) and answer.share.name in self._lengths:
             self._heard(answer.share.name, answer.share.nbytes)  # newer than what was told before
         super()._answered(answer, fds, lost)
-
-
-def _allows(shared: _Shared, client: Accepted) -> bool:
-    if shared.allow is None:
-        return True
-    try:
-        return bool(shared.allow(client.task))
-    except BaseException:
-        log.exception("service.rule_failed", extra={"share": shared.name})
-        return False
 
 
 def _check_layout(

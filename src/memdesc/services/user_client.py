@@ -8,11 +8,12 @@ from typing import Any, final
 from memdesc.errors import ProtocolError
 from memdesc.services import protocol
 from memdesc.services.events import NotifiedClient
+from memdesc.services.queues.parts import QueueingClient
 from memdesc.services.sharing import SharingClient
 
 
 @final
-class UserClient(NotifiedClient, SharingClient):
+class UserClient(NotifiedClient, QueueingClient, SharingClient):
     """One client of a service.
 
     Attributes

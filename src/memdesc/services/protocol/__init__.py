@@ -16,7 +16,7 @@ import msgspec
 
 from memdesc.errors import ProtocolError
 from memdesc.portable import UNREADABLE
-from memdesc.services.protocol import events, mappings, sharing
+from memdesc.services.protocol import events, mappings, queues, sharing
 from memdesc.services.protocol.basics import (
     MAX_COPY as MAX_COPY,
     MAX_MESSAGE as MAX_MESSAGE,
@@ -47,6 +47,10 @@ from memdesc.services.protocol.mappings import (
     ReleaseMapping as ReleaseMapping,
     WriteMemory as WriteMemory,
 )
+from memdesc.services.protocol.queues import (
+    OpenQueue as OpenQueue,
+    QueueOpened as QueueOpened,
+)
 from memdesc.services.protocol.sharing import (
     Length as Length,
     LengthChanged as LengthChanged,
@@ -58,10 +62,19 @@ from memdesc.services.protocol.sharing import (
     WatchLength as WatchLength,
 )
 
-Message = Hello | Welcome | Done | Failed | sharing.Message | mappings.Message | events.Message
-Answer = Done | Failed | sharing.Answer | mappings.Answer
+Message = (
+    Hello
+    | Welcome
+    | Done
+    | Failed
+    | sharing.Message
+    | mappings.Message
+    | events.Message
+    | queues.Message
+)
+Answer = Done | Failed | sharing.Answer | mappings.Answer | queues.Answer
 
-WITH_DESCRIPTORS = (Opened,)
+WITH_DESCRIPTORS = (Opened, QueueOpened)
 """Answers whose descriptors are handed to who asked; those of any other are closed."""
 
 encode = msgspec.msgpack.Encoder().encode

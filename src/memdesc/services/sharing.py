@@ -99,6 +99,8 @@ class Sharing(Accepting):
         ------
         SealedError
             READ_WRITE memory can not be shared read-only and enforced; nor the other way round.
+        MappingError
+            No client could map it: PRIVATE_MEMORY, ZONE_MEMORY, NOT_MAPPED, ...
         RangeError, InvalidArgument
             The array does not fit, or can not travel.
         """
@@ -118,6 +120,8 @@ class Sharing(Accepting):
                 "enforced=False if a courtesy is enough",
                 errno=errno.EACCES,
             )
+        if descriptor.length:  # now, to who can do something about it; a client would get it later
+            descriptor._extents(0, descriptor.length, access)
         shape, kind = _check_layout(descriptor, shape, dtype)
         shared = _Shared(name, descriptor, access, enforced, shape, kind, allow)
         with self._lock:

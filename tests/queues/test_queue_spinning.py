@@ -134,16 +134,30 @@ def test_closing_this_end_ends_it(ends: Ends) -> None:
 
 def test_the_time_given_ends_it(ends: Ends) -> None:
     producer, consumer = ends
-    for _ in range(2):
-        with pytest.raises(md.TimedOutError) as caught:
-            consumer.dequeue(SOON)
-        assert caught.value.errno == errno.ETIMEDOUT
-    assert waited(consumer) == (2, 0)
+    with pytest.raises(md.TimedOutError) as caught:
+        consumer.dequeue(SOON)
+    assert caught.value.errno == errno.ETIMEDOUT
+    assert waited(consumer) == (1, 0)
     fill(producer)
     with pytest.raises(md.TimedOutError) as caught:
         producer.enqueue(b"", SOON)
     assert caught.value.errno == errno.ETIMEDOUT
     assert waited(producer) == (1, 0)
+
+
+def test_who_lost_the_cpu_does_not_spin_next_time(ends: Ends) -> None:
+    producer, consumer = ends
+
+    def be_long() -> None:
+        time.sleep(2 * SOON)  # as if another program had had the CPU
+        producer.enqueue(b"entry")
+
+    with soon(be_long):
+        assert consumer.dequeue() == b"entry"
+    assert waited(consumer) == (1, 0)
+    with pytest.raises(md.TimedOutError):
+        consumer.dequeue(SOON)
+    assert waited(consumer) == (2, 1)
 
 
 def test_no_time_is_no_wait(ends: Ends) -> None:

@@ -257,7 +257,8 @@ class RingEnd:
         """Wait without sleeping; False after `_spin` ns, or at the deadline (monotonic seconds).
 
         True: the other is at `wanted` or has ended, or this end was closed: look. All but the first
-        microsecond without the GIL. Signal handlers have run.
+        microsecond without the GIL, and not each time where somebody else wants the CPU. Signal
+        handlers have run.
         """
 
     def _sleep(self, wanted: int, limit: int) -> bool:

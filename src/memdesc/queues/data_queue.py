@@ -92,7 +92,8 @@ class Producer(_core.RingProducer, End):
     notify : socket, optional
         The producer's of `notification_pair`; duplicated.
     spin : float
-        Seconds to spin before sleeping, where a call waits; 0 for never.
+        Seconds to spin before sleeping, where a call waits; 0 for never. Others may run every
+        microsecond; the next waits do not spin where another program then kept the CPU for long.
 
     Attributes
     ----------
@@ -217,7 +218,8 @@ class Consumer(_core.RingConsumer, End):
     listen : socket, optional
         The consumer's of `notification_pair`; duplicated. See `fileno`.
     spin : float
-        Seconds to spin before sleeping, where a call waits; 0 for never.
+        Seconds to spin before sleeping, where a call waits; 0 for never. Others may run every
+        microsecond; the next waits do not spin where another program then kept the CPU for long.
 
     Attributes
     ----------

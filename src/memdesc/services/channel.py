@@ -273,8 +273,11 @@ class Channel:
             discard(fds)  # whoever used them emptied the list
 
     def _send_if_there(self, answer: Any, fds: Sequence[int] = ()) -> None:
-        with contextlib.suppress(PeerGoneError, ClosedError):
+        try:
             self.send(answer, fds)
+        except MemdescError:
+            if self._gone is None:
+                raise
 
 
 class _Life:

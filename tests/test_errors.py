@@ -34,6 +34,7 @@ FIELDS = {
     "address": 0x7F00_0000_1000,
     "offset": 17,
     "value": 255,
+    "reference": "5f1d03aa",
 }
 
 

@@ -70,9 +70,11 @@ from memdesc.errors import (
     DoubleFreeError as DoubleFreeError,
     Holding as Holding,
     InvalidArgument as InvalidArgument,
+    LimitError as LimitError,
     MappingError as MappingError,
     MappingReason as MappingReason,
     MemdescError as MemdescError,
+    MethodNotFoundError as MethodNotFoundError,
     NameInUseError as NameInUseError,
     NotPreparedError as NotPreparedError,
     NotPrivilegedError as NotPrivilegedError,
@@ -80,6 +82,7 @@ from memdesc.errors import (
     PeerGoneError as PeerGoneError,
     ProtocolError as ProtocolError,
     RangeError as RangeError,
+    RemoteError as RemoteError,
     SealedError as SealedError,
     ServiceNotFoundError as ServiceNotFoundError,
     ShareNotFoundError as ShareNotFoundError,
@@ -128,6 +131,7 @@ if TYPE_CHECKING:
         Producer as Producer,
         create_data_queue as create_data_queue,
     )
+    from memdesc.services.calls.pending import PendingCall as PendingCall
     from memdesc.services.connection import Connection as Connection, connect as connect
     from memdesc.services.events import Event as Event, Events as Events
     from memdesc.services.limits import Limits as Limits
@@ -155,6 +159,7 @@ _LATER = {
     "Event": "memdesc.services.events",
     "Events": "memdesc.services.events",
     "Limits": "memdesc.services.limits",
+    "PendingCall": "memdesc.services.calls.pending",
     "Service": "memdesc.services.service",
     "UserClient": "memdesc.services.user_client",
     "Backpressure": "memdesc.streams",

@@ -35,6 +35,9 @@ __all__ = [
     "ServiceNotFoundError",
     "NameInUseError",
     "ShareNotFoundError",
+    "MethodNotFoundError",
+    "RemoteError",
+    "LimitError",
     "AccessDeniedError",
     "PeerGoneError",
     "ProtocolError",
@@ -377,6 +380,30 @@ class NameInUseError(MemdescError, OSError):
 
 class ShareNotFoundError(MemdescError, KeyError):
     """The service shares nothing under that name, or not with this client."""
+
+
+class MethodNotFoundError(MemdescError, KeyError):
+    """The service has no method of that name (ENOENT)."""
+
+
+class RemoteError(MemdescError, RuntimeError):
+    """A method of the service failed by an error of its own, which stays there.
+
+    Attributes
+    ----------
+    reference : str
+        What the service's log has it under, with its stack.
+    """
+
+    _FIELDS = ("reference",)
+
+    def __init__(self, message: str, *, errno: int | None = None, reference: str = "") -> None:
+        super().__init__(message, errno=errno)
+        self.reference = reference
+
+
+class LimitError(MemdescError, OSError):
+    """The other side of the connection lets this one take no more of something (EDQUOT)."""
 
 
 class AccessDeniedError(MemdescError, PermissionError):

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Self, cast
 
+from memdesc.copyio import Route, route
 from memdesc.errors import (
     AccessDeniedError,
     ClosedError,
@@ -314,7 +315,7 @@ class Accepted(Peer):
             return
         self.admitted = True
         service._joined(self)  # first: when its connect returns, we list it
-        self._send_if_there(protocol.Welcome(protocol.VERSION, service.name))
+        self._send_if_there(protocol.Welcome(protocol.VERSION, service.name, _may_copy(self.task)))
 
     def _ended(self, why: MemdescError) -> None:
         super()._ended(why)
@@ -340,3 +341,11 @@ def _abandon(io: Loop, listener: folder.Listener) -> None:
         listener.remove_name()
     finally:
         io.post(lambda: listener.end(io))
+
+
+def _may_copy(task: Task) -> bool:
+    """Whether the kernel lets this process copy from and to that one's memory."""
+    try:
+        return route(task) is Route.PROCESS_VM
+    except MemdescError:
+        return False

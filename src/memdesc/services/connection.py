@@ -16,6 +16,7 @@ from memdesc.errors import (
     TimedOutError,
 )
 from memdesc.services import folder
+from memdesc.services.calls.calling import CallsTo
 from memdesc.services.events import Listening
 from memdesc.services.limits import Limits, check_limits
 from memdesc.services.queues.parts import QueuedTo
@@ -24,7 +25,7 @@ from memdesc.vm.task import Task
 
 
 @final
-class Connection(Listening, QueuedTo, SharedWith):
+class Connection(CallsTo, Listening, QueuedTo, SharedWith):
     """A service as its client sees it; made by `connect`.
 
     Attributes

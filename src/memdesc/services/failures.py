@@ -9,7 +9,9 @@ from memdesc.errors import (
     MappingReason,
     MemdescError,
     ProtocolError,
+    RemoteError,
     WiringError,
+    WiringReason,
     describe_errno,
 )
 from memdesc.services import protocol
@@ -20,8 +22,14 @@ def failed(number: int, error: BaseException) -> protocol.Failed:
     if not isinstance(error, MemdescError):
         return protocol.Failed(number, "BufferError", str(error)[:4096])
     reason = getattr(error, "reason", None)
-    name = None if reason is None else reason.name
-    return protocol.Failed(number, type(error).__name__, error.message[:4096], error.errno, name)
+    told = error.reference if isinstance(error, RemoteError) else getattr(reason, "name", None)
+    return protocol.Failed(number, _family_name(error), error.message[:4096], error.errno, told)
+
+
+def _family_name(error: MemdescError) -> str:
+    """Name the class of the family that an error is of: a program may have made its own."""
+    names = (kind.__name__ for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
+    return next(name for name in names if name in errors.__all__)
 
 
 def rebuilt(answer: protocol.Failed) -> BaseException:
@@ -36,7 +44,11 @@ def rebuilt(answer: protocol.Failed) -> BaseException:
         reason = MappingReason[answer.reason] if known else MappingReason.REFUSED  # type: ignore[misc]
         return kind(answer.message, reason=reason, errno=answer.errno)
     if issubclass(kind, WiringError):
-        return ProtocolError(f"the peer answered {answer.error}: {answer.message}")
+        if answer.reason not in WiringReason.__members__:
+            return ProtocolError(f"the peer answered {answer.error}: {answer.message}")
+        return kind(answer.message, reason=WiringReason[answer.reason], errno=answer.errno)  # type: ignore[misc]
+    if issubclass(kind, RemoteError):
+        return kind(answer.message, errno=answer.errno, reference=answer.reason or "")
     return kind(answer.message, errno=answer.errno)
 
 

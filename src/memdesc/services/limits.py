@@ -29,6 +29,10 @@ class Limits:
     connections_per_second : int, optional
         Of a service: connections that it takes, on the average; 128 at once. What is above waits,
         and those who are connected are served meanwhile. None: as fast as they come.
+    calls : int
+        Of a service: calls that a client may have in flight; more are refused at once.
+    call_bytes : int, optional
+        Of a service: bytes of memory beside these. None: the machine's memory.
     queue_bytes : int
         Of a service: bytes of the queues that a client may have open together.
     wired_bytes : int
@@ -47,6 +51,8 @@ class Limits:
     clients: int = 4096
     clients_per_task: int = 1024
     connections_per_second: int | None = 500
+    calls: int = 64
+    call_bytes: int | None = None
     queue_bytes: int = 64 << 20
     wired_bytes: int = 4 << 20
     events: int = 64

@@ -6,6 +6,8 @@ import socket as sockets
 from typing import final
 
 from memdesc.services.accepting import Allow
+from memdesc.services.calls.serving import Calling
+from memdesc.services.calls.workers import WORKERS, Workers
 from memdesc.services.events import Notifying
 from memdesc.services.limits import Limits
 from memdesc.services.queues.parts import Queueing
@@ -15,7 +17,7 @@ from memdesc.vm.task import Task
 
 
 @final
-class Service(Notifying, Queueing, Sharing):
+class Service(Calling, Notifying, Queueing, Sharing):
     """Shares descriptors under names with the processes that connect (the driver's side).
 
     Parameters
@@ -27,6 +29,9 @@ class Service(Notifying, Queueing, Sharing):
         admitted. By default: the same user. Called on the I/O thread; must not wait.
     limits : Limits, optional
         What each client may take; by default that of `Limits`.
+    workers : int
+        Threads, at most, that the methods of this service run in (`method`), of which one client
+        has half. They are started as they are needed.
 
     Raises
     ------
@@ -54,9 +59,15 @@ class Service(Notifying, Queueing, Sharing):
     """
 
     def __init__(
-        self, name: str, *, allow: Allow | None = None, limits: Limits | None = None
+        self,
+        name: str,
+        *,
+        allow: Allow | None = None,
+        limits: Limits | None = None,
+        workers: int = WORKERS,
     ) -> None:
         super().__init__(name, allow, Limits() if limits is None else limits)
+        self._work_with(Workers(workers))
         self._begin()
 
     def _new_client(self, sock: sockets.socket) -> UserClient:

@@ -7,13 +7,14 @@ from typing import Any, final
 
 from memdesc.errors import ProtocolError
 from memdesc.services import protocol
+from memdesc.services.calls.serving import CallingClient
 from memdesc.services.events import NotifiedClient
 from memdesc.services.queues.parts import QueueingClient
 from memdesc.services.sharing import SharingClient
 
 
 @final
-class UserClient(NotifiedClient, QueueingClient, SharingClient):
+class UserClient(CallingClient, NotifiedClient, QueueingClient, SharingClient):
     """One client of a service.
 
     Attributes

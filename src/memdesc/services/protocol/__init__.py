@@ -16,7 +16,7 @@ import msgspec
 
 from memdesc.errors import ProtocolError
 from memdesc.portable import UNREADABLE
-from memdesc.services.protocol import events, mappings, queues, sharing
+from memdesc.services.protocol import calls, events, mappings, queues, sharing
 from memdesc.services.protocol.basics import (
     MAX_COPY as MAX_COPY,
     MAX_MESSAGE as MAX_MESSAGE,
@@ -27,6 +27,11 @@ from memdesc.services.protocol.basics import (
     Hello as Hello,
     Welcome as Welcome,
     check_name as check_name,
+)
+from memdesc.services.protocol.calls import (
+    Call as Call,
+    Cancel as Cancel,
+    Returned as Returned,
 )
 from memdesc.services.protocol.events import (
     MAX_VALUE as MAX_VALUE,
@@ -69,12 +74,12 @@ Message = (
     | Failed
     | sharing.Message
     | mappings.Message
-    | events.Message
+    | events.Message | calls.Message
     | queues.Message
 )
-Answer = Done | Failed | sharing.Answer | mappings.Answer | queues.Answer
+Answer = Done | Failed | sharing.Answer | mappings.Answer | calls.Answer | queues.Answer
 
-WITH_DESCRIPTORS = (Opened, QueueOpened)
+WITH_DESCRIPTORS = (Opened, Returned, QueueOpened)
 """Answers whose descriptors are handed to who asked; those of any other are closed."""
 
 encode = msgspec.msgpack.Encoder().encode

@@ -32,6 +32,8 @@ class Welcome(msgspec.Struct, frozen=True, tag=True):
 
     version: Natural
     service: Name
+    copies: bool = False
+    """Whether the service may copy from and to the client's memory as it is (process_vm)."""
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):

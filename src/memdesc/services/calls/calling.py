@@ -1,0 +1,349 @@
+"""Calling a service's methods: what a connection has of it."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import socket as sockets
+from typing import Any
+
+from memdesc.errors import (
+    InvalidArgument,
+    MemdescError,
+    ProtocolError,
+    TimedOutError,
+)
+from memdesc.handover import discard
+from memdesc.services import protocol
+from memdesc.services.calls.incoming import Form, Incoming, count_files, decoding
+from memdesc.services.calls.outgoing import Outgoing
+from memdesc.services.calls.pending import PendingCall
+from memdesc.services.copier import read_own, write_own
+from memdesc.services.limits import Limits
+from memdesc.services.link import Link
+from memdesc.services.protocol.calls import Lent
+from memdesc.vm.pages import Direction
+from memdesc.vm.task import Task
+
+_orphans: list[tuple[Task, list[object]]] = []
+"""Memory that a service may still be filling, whose connection ended first: it must not become
+anything else as long as that task lives."""
+
+
+class CallsTo(Link):
+    """What a connection has of it."""
+
+    def __init__(
+        self, name: str, sock: sockets.socket, task: Task, limits: Limits, *, allow_copy: bool
+    ) -> None:
+        super().__init__(name, sock, task, limits, allow_copy=allow_copy)
+        self._service_copies = False
+        self._lent: dict[int, list[Lent]] = {}  # by call: what the service may copy through us
+        self._kept: dict[int, list[object]] = {}  # by call: what must stay until it is answered
+        self._filled: set[int] = set()  # calls whose memory the service may store to
+
+    # -- the face --------------------------------------------------------------------------------
+
+    def call(
+        self,
+        method: str,
+        /,
+        *arguments: Any,
+        timeout: float | None = 5.0,
+        into: Any = None,
+        returns: Any = None,
+        **named: Any,
+    ) -> Any:
+        """Call a method of the service, and wait for what it returns.
+
+        Parameters
+        ----------
+        method : str
+            As the service named it.
+        *arguments, **named
+            Numbers, text, bytes, lists, dicts, dataclasses, msgspec Structs, arrays, descriptors
+            and mappings. Up to 4,096 bytes go in the message; what is larger crosses as
+            `memdesc.crossing` tells: what lies in a descriptor is not copied. All must stay as it
+            is until the call is answered. Parameters named as one of those below: by position.
+        timeout : float, optional
+            Seconds; None waits for ever. Then the service is told that nobody waits any more.
+        into : buffer or MemoryDescriptor, optional
+            Where the service stores the bytes that the method returns, and nowhere else.
+        returns : type, optional
+            What the result is checked against and made into: of a `list[Point]`, say, Structs
+            instead of dicts; of `memoryview` no copy.
+
+        Returns
+        -------
+        object
+            Arrays and views are read-only, and show the service's own pages where they lie in a
+            descriptor there. With `into` the number of bytes stored.
+
+        Raises
+        ------
+        MethodNotFoundError
+            The service has no such method (ENOENT).
+        InvalidArgument
+            The arguments do not fit the method's signature, or can not travel; or the result does
+            not fit `returns` (EINVAL).
+        RemoteError
+            The method failed; the service's log says why, under `reference`.
+        LimitError
+            Too many calls of this connection are in flight, or too much memory beside them
+            (EDQUOT).
+        TimedOutError
+            No answer in time (ETIMEDOUT), or the service does not read (ENOBUFS). With `into` it
+            may still be stored: the buffer is kept until the service is done.
+        PeerGoneError, ClosedError
+        MemdescError
+            What the method raised of this library's errors.
+
+        Notes
+        -----
+        I/O Kit: IOConnectCallMethod. Linux: one message each way; larger memory by memfds, or by
+        process_vm_readv and process_vm_writev of private memory. Where the kernel denies these,
+        this connection copies for the service what was lent, while the call lasts.
+        """
+        message, outgoing = self._prepared(method, arguments, into, named)
+        form = _form(returns)
+        number = message.id
+        try:
+            self._hold(number, outgoing)
+            answer, fds = self.request(
+                message, protocol.Returned, outgoing.fds, timeout, lambda _: self._let_go(number)
+            )
+        except BaseException as error:
+            self._give_back(number, error)
+            raise
+        finally:
+            outgoing.close()
+        self._let_go(number)
+        return self._read(form, answer, fds)
+
+    def begin(
+        self,
+        method: str,
+        /,
+        *arguments: Any,
+        into: Any = None,
+        returns: Any = None,
+        **named: Any,
+    ) -> PendingCall:
+        """Call a method of the service, without waiting; many calls can be in flight.
+
+        Parameters as of `call`. What can not be sent raises here; all else when the future is
+        asked.
+
+        Returns
+        -------
+        PendingCall
+            A `concurrent.futures.Future`.
+        """
+        if self._loop.here:
+            raise MemdescError("a call on the I/O thread: make it on another thread")
+        message, outgoing = self._prepared(method, arguments, into, named)
+        number = message.id
+        pending = PendingCall(self, number, functools.partial(self._read, _form(returns)))
+        try:
+            self._hold(number, outgoing)
+            pending.add_done_callback(_Release(self, number))
+            self._expect(number, pending)
+            self._ask(message, outgoing.fds)
+        except BaseException:
+            pending._connection = None
+            self._forget(number)
+            self._let_go(number)
+            raise
+        finally:
+            outgoing.close()
+        return pending
+
+    async def call_async(
+        self,
+        method: str,
+        /,
+        *arguments: Any,
+        timeout: float | None = 5.0,
+        into: Any = None,
+        returns: Any = None,
+        **named: Any,
+    ) -> Any:
+        """As `call`, in an asyncio program: only this coroutine waits.
+
+        Cancelling the task that waits cancels the call, and the service is told.
+        """
+        import asyncio
+
+        pending = self.begin(method, *arguments, into=into, returns=returns, **named)
+        limit = asyncio.timeout(timeout)
+        try:
+            async with limit:
+                return await asyncio.wrap_future(pending)
+        except TimeoutError as error:
+            if not limit.expired():
+                raise  # what the method raised
+            raise TimedOutError(
+                f"task {self.task.pid} did not answer {method}() within {timeout} s",
+                errno=errno.ETIMEDOUT,
+            ) from error
+        finally:
+            pending.cancel()
+
+    async def __aenter__(self) -> Any:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self.close()
+
+    # -- a call's memory -------------------------------------------------------------------------
+
+    def _prepared(
+        self, method: str, arguments: tuple[Any, ...], into: Any, named: dict[str, Any]
+    ) -> tuple[protocol.Call, Outgoing]:
+        """Make the message of a call, and what goes with it."""
+        protocol.check_name(method, "a method")
+        if self._gone is not None:
+            raise self._gone_again()
+        outgoing = Outgoing(self.task.credentials.uid, lends=True, readable=self._service_copies)
+        try:
+            record, place = outgoing.arguments(arguments, named)
+            target = None if into is None else outgoing.into(into)
+        except BaseException:
+            outgoing.close()
+            raise
+        memory = tuple(outgoing.memory)
+        return protocol.Call(self.next_id(), method, record, memory, place, target), outgoing
+
+    def _hold(self, number: int, outgoing: Outgoing) -> None:
+        if not outgoing.kept:
+            return
+        with self._lock:
+            self._lent[number] = outgoing.lent
+            self._kept[number] = outgoing.kept
+            if any(Direction(one.direction).writes_memory for one in outgoing.lent):
+                self._filled.add(number)
+
+    def _let_go(self, number: int) -> None:
+        """Note that a call is answered: the service uses its memory no longer."""
+        if number in self._kept:
+            with self._lock:
+                self._lent.pop(number, None)
+                self._kept.pop(number, None)
+                self._filled.discard(number)
+
+    def _give_back(self, number: int, error: BaseException) -> None:
+        """End what a call that failed may use; what the service may still fill is kept."""
+        with self._lock:
+            self._lent.pop(number, None)
+            waits = number in self._late
+        if waits:
+            self._send_if_there(protocol.Cancel(number))
+        elif self._gone is None:
+            self._let_go(number)
+        else:
+            self._bereave()
+
+    def _cancel_call(self, number: int) -> None:
+        """Wait for an answer no longer, and tell the service."""
+        if self._give_up(number, lambda _: self._let_go(number)):
+            self._give_back(number, MemdescError("cancelled"))
+
+    def _may_copy(self, address: int, nbytes: int, *, fill: bool) -> bool:
+        """Whether a range was lent to the service, in that direction, by a call in flight."""
+        wanted = (Direction.IN, Direction.OUT_IN) if fill else (Direction.OUT, Direction.OUT_IN)
+        return any(
+            one.address <= address
+            and address + nbytes <= one.address + one.length
+            and Direction(one.direction) in wanted
+            for ranges in self._lent.values()
+            for one in ranges
+        )
+
+    # -- results ---------------------------------------------------------------------------------
+
+    def _read(self, form: Form, answer: protocol.Returned, fds: list[int]) -> Any:
+        if count_files(answer.memory) != len(fds) or any(
+            isinstance(one, Lent) for one in answer.memory
+        ):
+            discard(fds)
+            raise ProtocolError(
+                f"task {self.task.pid} answered with {len(fds)} descriptors, and memory that is "
+                "not theirs",
+                errno=errno.EPROTO,
+            )
+        memory = Incoming(answer.memory, fds, self.task)
+        record = answer.value if answer.record is None else memory.bytes(answer.record)
+        with decoding(memory):
+            try:
+                return form.read(record)
+            except InvalidArgument as error:
+                raise InvalidArgument(f"the result: {error}", errno=errno.EINVAL) from error
+
+    # -- on the I/O thread -----------------------------------------------------------------------
+
+    def _handle(self, message: Any, fds: list[int], lost: bool) -> None:
+        if isinstance(message, protocol.Welcome):
+            self._service_copies = message.copies
+            super()._handle(message, fds, lost)
+        elif isinstance(message, protocol.ReadMemory | protocol.WriteMemory) and self._lent:
+            self._copy_lent(message)
+        else:
+            super()._handle(message, fds, lost)
+
+    def _copy_lent(self, message: protocol.ReadMemory | protocol.WriteMemory) -> None:
+        """Copy for the service; under the lock, so that nothing that ended is touched."""
+        with self._lock:
+            if isinstance(message, protocol.ReadMemory):
+                may = self._may_copy(message.address, message.nbytes, fill=False)
+                allowed = may or self.allow_copy
+                self._answer(message.id, lambda: read_own(message, allowed=allowed))
+            else:
+                may = self._may_copy(message.address, len(message.data), fill=True)
+                allowed = may or self.allow_copy
+                self._answer(message.id, lambda: write_own(message, allowed=allowed))
+
+    def _ended(self, why: MemdescError) -> None:
+        super()._ended(why)
+        self._bereave()
+
+    def _bereave(self) -> None:
+        """After the end: keep what the service may still be filling, if it lives."""
+        with self._lock:
+            orphans = [self._kept[number] for number in self._filled]
+            self._kept.clear()
+            self._lent.clear()
+            self._filled.clear()
+        _orphans[:] = [one for one in _orphans if one[0].alive]
+        if self.task.alive:
+            _orphans.extend((self.task, one) for one in orphans)
+
+
+class _Release:
+    """Lets a call's memory go when its future is done. Cancelled, it is not: that waits."""
+
+    def __init__(self, connection: CallsTo, number: int) -> None:
+        self._connection: CallsTo | None = connection
+        self._number = number
+
+    def __call__(self, future: Any) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None and not future.cancelled() and connection._gone is None:
+            connection._let_go(self._number)
+
+
+@functools.lru_cache(maxsize=256)
+def _cached_form(kind: Any) -> Form:
+    return Form(kind)
+
+
+_anything = Form(Any)
+
+
+def _form(returns: Any) -> Form:
+    """Give the form of results of a type."""
+    if returns is None:
+        return _anything
+    try:
+        return _cached_form(returns)
+    except TypeError:  # a type that can not be hashed
+        return Form(returns)

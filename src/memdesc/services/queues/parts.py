@@ -224,6 +224,9 @@ class QueueingClient(Accepted):
         """Make the queue and answer, on the thread of errands."""
         try:
             self._answer(request.id, lambda: self._make_queue(service, request))
+        except ProtocolError:
+            if self._gone is None:
+                raise  # else that is what ended the connection meanwhile, and was told then
         finally:
             self._openings.popleft()
 

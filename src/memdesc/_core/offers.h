@@ -31,7 +31,7 @@
 #define MD_NO_SLOT UINT32_MAX
 
 /* Why the publisher is done with a line. */
-enum { MD_ENDED_CLOSED = 1, MD_ENDED_SLOW = 2, MD_ENDED_BROKEN = 3 };
+enum { MD_ENDED_CLOSED = 1, MD_ENDED_SLOW = 2, MD_ENDED_BROKEN = 3, MD_ENDED_DROPPED = 4 };
 
 enum { MD_DROP_OLDEST = 0, MD_BLOCK = 1, MD_DROP_NEWEST = 2, MD_DISCONNECT = 3 };
 

@@ -15,6 +15,7 @@ The capabilities, each with what a service, its user clients and a connection ha
 
 * `sharing`: descriptors under names
 * `queues`: a data queue for each client (`errands`: what takes too long for the I/O thread)
+* `streams`: slots of memory, filled by the service and seen in place by its clients
 * `events`: what a service tells its clients of (`readable`: waiting for it in asyncio)
 
 And what they make together: `service`, `user_client` (the driver's side), `connection`.

@@ -21,11 +21,12 @@ from memdesc.services.events import Listening
 from memdesc.services.limits import Limits, check_limits
 from memdesc.services.queues.parts import QueuedTo
 from memdesc.services.sharing import SharedWith
+from memdesc.services.streams import Subscribing
 from memdesc.vm.task import Task
 
 
 @final
-class Connection(CallsTo, Listening, QueuedTo, SharedWith):
+class Connection(CallsTo, Listening, QueuedTo, Subscribing, SharedWith):
     """A service as its client sees it; made by `connect`.
 
     Attributes

@@ -37,6 +37,8 @@ class Limits:
         Of a service: bytes of the queues that a client may have open together.
     wired_bytes : int
         Of a service: how many of these may be of queues that are wired.
+    loans : int
+        Of a service: slots of its streams that a client's subscriptions may hold together.
     events : int
         Of a service: names that a client may listen to at a time.
 
@@ -55,6 +57,7 @@ class Limits:
     call_bytes: int | None = None
     queue_bytes: int = 64 << 20
     wired_bytes: int = 4 << 20
+    loans: int = 64
     events: int = 64
 
     def __post_init__(self) -> None:

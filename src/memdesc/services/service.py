@@ -12,12 +12,13 @@ from memdesc.services.events import Notifying
 from memdesc.services.limits import Limits
 from memdesc.services.queues.parts import Queueing
 from memdesc.services.sharing import Sharing
+from memdesc.services.streams import Streaming
 from memdesc.services.user_client import UserClient
 from memdesc.vm.task import Task
 
 
 @final
-class Service(Calling, Notifying, Queueing, Sharing):
+class Service(Calling, Notifying, Queueing, Streaming, Sharing):
     """Shares descriptors under names with the processes that connect (the driver's side).
 
     Parameters

@@ -11,10 +11,11 @@ from memdesc.services.calls.serving import CallingClient
 from memdesc.services.events import NotifiedClient
 from memdesc.services.queues.parts import QueueingClient
 from memdesc.services.sharing import SharingClient
+from memdesc.services.streams import StreamingClient
 
 
 @final
-class UserClient(CallingClient, NotifiedClient, QueueingClient, SharingClient):
+class UserClient(CallingClient, NotifiedClient, QueueingClient, StreamingClient, SharingClient):
     """One client of a service.
 
     Attributes

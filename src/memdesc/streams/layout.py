@@ -36,7 +36,8 @@ The line, between the publisher and one subscriber; both may write all of it:
 * `wanted`: the value of `read` that is to wake the publisher; `subscriber_wanted`: that of
   `written` that is to wake the subscriber; 0 for none.
 * `bell`, `subscriber_bell`: another value each time that this side wakes the other.
-* `ended`: 1: the stream was closed; 2: the subscriber was too slow; 3: it wrote what can not be.
+* `ended`: 1: the stream was closed; 2: the subscriber was too slow; 3: it wrote what can not be;
+  4: the publisher wants it no more.
 * `subscriber_ended`: not 0 once the subscriber takes no more. What it holds it still holds.
 """
 

@@ -272,7 +272,7 @@ class Stream(_core.StreamPool):
         self._refresh()
         self._tidy()
         needed = loans if policy is Backpressure.DROP_OLDEST else loans + depth
-        room = self.form.slots - self.loans - 1 - self._reserved()
+        room = self._room(needed)
         if needed > room:
             raise AllocationError(
                 f"stream {self.name!r} of {self.form.slots} slots has room for {max(room, 0)} more "
@@ -291,6 +291,14 @@ class Stream(_core.StreamPool):
             raise
         subscriber._line = weakref.ref(line)
         return subscriber
+
+    def _room(self, needed: int) -> int:
+        """Slots that are left for one more subscriber; those of who left go if need be."""
+        most = self.form.slots - self.loans - 1
+        for subscriber in self.subscribers():
+            if needed > most - self._reserved() and subscriber.left:
+                subscriber.drop()
+        return most - self._reserved()
 
     def _check(self, policy: Backpressure, depth: int, loans: int) -> None:
         if policy not in self.policies:

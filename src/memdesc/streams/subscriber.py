@@ -40,7 +40,13 @@ HARMLESS = frozenset(set(Backpressure) - {Backpressure.BLOCK})
 """The policies by which no subscriber can hold up the publisher."""
 
 _GONE = 3
-REASONS = {1: "left", 2: "was too slow", 3: "wrote what can not be, or held too many slots"}
+_DROPPED = 4
+REASONS = {
+    1: "left",
+    2: "was too slow",
+    3: "wrote what can not be, or held too many slots",
+    4: "was dropped",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +109,8 @@ class Subscriber:
         Counts the stream's subscribers, from 1.
     policy : Backpressure
     depth, loans : int
+    left : bool
+        Whether `leave` was called.
     memory : BufferMemoryDescriptor
         What publisher and subscriber share; to be handed over to it alone, for writing.
     """
@@ -127,6 +135,7 @@ class Subscriber:
             name=f"{stream.name}-line",
         )
         self.peer = peer
+        self.left = False
         self._socket = own_socket(notify)
         self._told = ended
         # Weak, both: else a stream that is dropped would have to wait for the collector.
@@ -145,7 +154,18 @@ class Subscriber:
         """Have its slots back at once: its task has ended, or is to have no more."""
         stream, line = self._stream(), self._line()
         if stream is not None and line is not None:
-            stream._end(line, 1, False)
+            stream._end(line, _DROPPED, False)
+            stream._tidy()
+
+    def leave(self) -> None:
+        """Offer it nothing more. What it holds it has until it gives that back, or is dropped.
+
+        It is dropped too when somebody else needs the room.
+        """
+        stream, line = self._stream(), self._line()
+        self.left = True
+        if stream is not None and line is not None:
+            stream._end(line, _DROPPED, True)
             stream._tidy()
 
     def finish(self, reason: int) -> None:

@@ -364,7 +364,8 @@ class Subscription(_core.StreamSubscriber):
         if why == _ENDED:
             raise PeerGoneError(f"stream {self.name!r} was closed", errno=errno.EPIPE)
         raise PeerGoneError(
-            f"the publisher of {self.name!r} has ended: subscribe again when it is back",
+            f"the publisher of {self.name!r} has ended, or has dropped this subscription: "
+            "subscribe again",
             errno=errno.ECONNRESET,
         )
 

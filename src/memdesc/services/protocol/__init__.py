@@ -16,7 +16,7 @@ import msgspec
 
 from memdesc.errors import ProtocolError
 from memdesc.portable import UNREADABLE
-from memdesc.services.protocol import calls, events, mappings, queues, sharing
+from memdesc.services.protocol import calls, events, mappings, queues, sharing, streams
 from memdesc.services.protocol.basics import (
     MAX_COPY as MAX_COPY,
     MAX_MESSAGE as MAX_MESSAGE,
@@ -66,6 +66,7 @@ from memdesc.services.protocol.sharing import (
     Shares as Shares,
     WatchLength as WatchLength,
 )
+from memdesc.services.protocol.streams import Subscribe as Subscribe, Subscribed as Subscribed
 
 Message = (
     Hello
@@ -74,12 +75,16 @@ Message = (
     | Failed
     | sharing.Message
     | mappings.Message
-    | events.Message | calls.Message
+    | events.Message
+    | calls.Message
     | queues.Message
+    | streams.Message
 )
-Answer = Done | Failed | sharing.Answer | mappings.Answer | calls.Answer | queues.Answer
+Answer = (
+    Done | Failed | sharing.Answer | mappings.Answer | calls.Answer | queues.Answer | streams.Answer
+)
 
-WITH_DESCRIPTORS = (Opened, Returned, QueueOpened)
+WITH_DESCRIPTORS = (Opened, Returned, QueueOpened, Subscribed)
 """Answers whose descriptors are handed to who asked; those of any other are closed."""
 
 encode = msgspec.msgpack.Encoder().encode

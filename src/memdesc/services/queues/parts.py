@@ -315,7 +315,7 @@ class QueuedTo(Link):
         answer, fds = self._ask_about(protocol.OpenQueue, name, protocol.QueueOpened, timeout)
         if not fds:
             raise ProtocolError(f"queue {name!r} came without its socket", errno=errno.EPROTO)
-        socket = _socket_of(fds.pop(), fds)
+        socket = socket_of(fds.pop(), fds)
         with socket:
             memory = unpack(answer.portable, fds)
             memory.name = name
@@ -343,7 +343,7 @@ class QueuedTo(Link):
             _tell(end)
 
 
-def _socket_of(fd: int, others: list[int]) -> sockets.socket:
+def socket_of(fd: int, others: list[int]) -> sockets.socket:
     """Take a descriptor over that is to be a queue's socket; what is none is closed with all."""
     try:
         socket = sockets.socket(fileno=fd)

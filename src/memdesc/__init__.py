@@ -135,6 +135,7 @@ if TYPE_CHECKING:
     from memdesc.services.connection import Connection as Connection, connect as connect
     from memdesc.services.events import Event as Event, Events as Events
     from memdesc.services.limits import Limits as Limits
+    from memdesc.services.reconnect import ReconnectingConnection as ReconnectingConnection
     from memdesc.services.queues import (
         ClientConsumers as ClientConsumers,
         ClientProducers as ClientProducers,
@@ -160,6 +161,7 @@ _LATER = {
     "Events": "memdesc.services.events",
     "Limits": "memdesc.services.limits",
     "PendingCall": "memdesc.services.calls.pending",
+    "ReconnectingConnection": "memdesc.services.reconnect",
     "Service": "memdesc.services.service",
     "UserClient": "memdesc.services.user_client",
     "Backpressure": "memdesc.streams",

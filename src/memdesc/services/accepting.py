@@ -70,10 +70,14 @@ class Accepting:
         rate = self.limits.connections_per_second
         self._rate = None if rate is None else Bucket(rate, BURST)
         self._loop = loop()
-        self._listener = folder.Listener(name, for_all=allow is not None)
+        self._stopped = False  # somebody else may be about to take the clients in
+        self._listener = self._open_listener(for_all=allow is not None)
         self.path = self._listener.path
         self._finalizer = weakref.finalize(self, _abandon, self._loop, self._listener)
         tell_if_forked(self)
+
+    def _open_listener(self, *, for_all: bool) -> folder.Listener:
+        return folder.Listener(self.name, for_all=for_all)
 
     def _begin(self) -> None:
         """Take clients from now on; the last thing that a service's making does."""
@@ -88,7 +92,18 @@ class Accepting:
             if service is not None:
                 service._accept()
 
+        self._loop.forget(self._listener.sock.fileno())  # a pause may end meanwhile
         self._loop.watch(self._listener.sock.fileno(), ready)
+
+    def _stop(self) -> None:
+        """Let those who connect wait until `_go_on`. On the I/O thread."""
+        self._stopped = True
+        self._loop.forget(self._listener.sock.fileno())
+
+    def _go_on(self) -> None:
+        self._stopped = False
+        if not self._closed:
+            self._watch()
 
     def _pause(self, seconds: float) -> None:
         """Let those who connect wait. On the I/O thread."""
@@ -96,7 +111,7 @@ class Accepting:
 
         def go_on() -> None:
             service = this()
-            if service is not None and not service._closed:
+            if service is not None and not service._closed and not service._stopped:
                 service._watch()
 
         self._loop.forget(self._listener.sock.fileno())
@@ -146,7 +161,7 @@ class Accepting:
         raise NotImplementedError
 
     def _accept(self) -> None:
-        if self._closed:
+        if self._closed or self._stopped:
             return
         if self._rate is not None and not self._rate.take():
             self._pause(max(self._rate.wait, _PAUSE))

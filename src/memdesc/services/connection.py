@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket as sockets
 import time
-from typing import final
+from typing import TYPE_CHECKING, Literal, overload
 
 from memdesc.errors import (
     AccessDeniedError,
-    PeerGoneError,
     ServiceNotFoundError,
     TaskGoneError,
     TimedOutError,
@@ -24,8 +24,10 @@ from memdesc.services.sharing import SharedWith
 from memdesc.services.streams import Subscribing
 from memdesc.vm.task import Task
 
+if TYPE_CHECKING:
+    from memdesc.services.reconnect import ReconnectingConnection
 
-@final
+
 class Connection(CallsTo, Listening, QueuedTo, Subscribing, SharedWith):
     """A service as its client sees it; made by `connect`.
 
@@ -46,12 +48,31 @@ class Connection(CallsTo, Listening, QueuedTo, Subscribing, SharedWith):
         return f"<Connection to {self.name!r}: {state}>"
 
 
+@overload
+def connect(
+    name: str,
+    *,
+    timeout: float | None = ...,
+    limits: Limits | None = ...,
+    allow_copy: bool = ...,
+    reconnect: Literal[False] = ...,
+) -> Connection: ...
+@overload
+def connect(
+    name: str,
+    *,
+    timeout: float | None = ...,
+    limits: Limits | None = ...,
+    allow_copy: bool = ...,
+    reconnect: Literal[True],
+) -> ReconnectingConnection: ...
 def connect(
     name: str,
     *,
     timeout: float | None = 5.0,
     limits: Limits | None = None,
     allow_copy: bool = False,
+    reconnect: bool = False,
 ) -> Connection:
     """Connect to a service, waiting for it to appear.
 
@@ -66,6 +87,9 @@ def connect(
     allow_copy : bool
         Let the service copy this task's memory through the connection (copyin, copyout) where the
         kernel denies it the direct way. It may then read and write any of it.
+    reconnect : bool
+        Find the next service of that name once this one has ended, or was succeeded: see
+        `ReconnectingConnection`.
 
     Returns
     -------
@@ -87,16 +111,40 @@ def connect(
         This process has no file descriptor left (EMFILE).
     """
     limits = Limits(mappings=4096) if limits is None else check_limits(limits)
+    if not reconnect:
+        return _connect(name, timeout, limits, allow_copy=allow_copy)
+    from memdesc.services.reconnect import ReconnectingConnection
+
+    return ReconnectingConnection(
+        lambda: _connect(name, timeout, limits, allow_copy=allow_copy), name
+    )
+
+
+def _connect(name: str, timeout: float | None, limits: Limits, *, allow_copy: bool) -> Connection:
     until = None if timeout is None else time.monotonic() + timeout
     folder.open_folder(name)
-    sock = _reach(name, until, timeout)
+    while True:
+        sock = _reach(name, until, timeout)
+        with contextlib.suppress(TaskGoneError):
+            connection = _greeted(name, sock, until, limits, allow_copy=allow_copy)
+            if not connection.moved:
+                return connection
+            connection.close()
+        # Who had the socket has ended, or passed it on: another has the name, or will.
+        if until is not None and time.monotonic() > until:
+            raise ServiceNotFoundError(
+                f"service {name!r} ended as we connected to it, and none took its name within "
+                f"{timeout} s",
+                errno=errno.ECONNREFUSED,
+            )
+        time.sleep(0.002)
+
+
+def _greeted(
+    name: str, sock: sockets.socket, until: float | None, limits: Limits, *, allow_copy: bool
+) -> Connection:
     try:
         connection = Connection(name, sock, Task.from_socket(sock), limits, allow_copy=allow_copy)
-    except TaskGoneError as error:
-        sock.close()
-        raise PeerGoneError(
-            f"service {name!r} ended as we connected to it", errno=errno.ECONNRESET
-        ) from error
     except BaseException:
         sock.close()
         raise

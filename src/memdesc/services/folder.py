@@ -34,6 +34,9 @@ from memdesc.errors import (
 from memdesc.services.failures import no_descriptor
 from memdesc.services.loop import Loop
 
+BACKLOG = 128
+"""Connections that may wait for a service to take them; one more, and who connects waits."""
+
 _PATH_MAX = 107
 """Bytes of a Unix socket's path (sun_path, less its NUL)."""
 
@@ -123,6 +126,8 @@ def locked(folder: Path, timeout: float = 5.0) -> Iterator[None]:
 class Listener:
     """A listening socket under a name, and what it takes to give both up.
 
+    `inherited` is the socket of a service whose name this one takes over; it is ours from here on.
+
     Raises
     ------
     NameInUseError
@@ -133,15 +138,22 @@ class Listener:
         It is not ours to make a socket in (EACCES, EROFS).
     """
 
-    def __init__(self, name: str, *, for_all: bool) -> None:
+    def __init__(
+        self, name: str, *, for_all: bool, inherited: sockets.socket | None = None
+    ) -> None:
+        self.inherited = inherited is not None
         open_folder(name)
         self.path = socket_path(name)
-        self.sock = new_socket()
+        self.sock = new_socket() if inherited is None else inherited
+        self._ours = True
         self._spare: int | None = None
         try:
             self._keep_spare()
             with _explained(self.path):
-                self._bind(for_all)
+                if inherited is None:
+                    self._bind(for_all)
+                else:
+                    self.path.chmod(0o666 if for_all else 0o600)
             self._inode = self.path.lstat().st_ino
         except BaseException:
             self.close()
@@ -165,7 +177,7 @@ class Listener:
                 raise
             if for_all:
                 self.path.chmod(0o666)  # here, since the umask would take from what bind makes
-            self.sock.listen(128)
+            self.sock.listen(BACKLOG)
 
     def turn_away(self) -> None:
         """Take one client in and close it with the descriptor kept for this (EMFILE).
@@ -188,13 +200,18 @@ class Listener:
         except OSError as error:
             raise no_descriptor("keep a spare descriptor", error) from error
 
+    def give_away(self) -> None:
+        """Leave the name, and the socket, to the task that has a descriptor of it too."""
+        self._ours = False
+        self.close()
+
     def remove_name(self) -> None:
         """Remove the socket file if it is still ours.
 
         While we listen nobody sweeps it, so this needs no lock, and waits for nobody.
         """
         with contextlib.suppress(FileNotFoundError):
-            if self.path.lstat().st_ino == self._inode:
+            if self._ours and self.path.lstat().st_ino == self._inode:
                 self.path.unlink()
 
     def end(self, io: Loop) -> None:
@@ -219,6 +236,13 @@ def new_socket(kind: sockets.SocketKind = sockets.SOCK_SEQPACKET) -> sockets.soc
         return sockets.socket(sockets.AF_UNIX, kind | sockets.SOCK_NONBLOCK)
     except OSError as error:
         raise no_descriptor("make a socket", error) from error
+
+
+def is_served(name: str) -> bool:
+    """Whether a living service has a name, as far as can be told without the lock."""
+    open_folder(name)
+    path = socket_path(name)
+    return path.is_socket() and not _is_dead(path)
 
 
 @contextlib.contextmanager

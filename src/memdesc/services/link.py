@@ -37,12 +37,28 @@ class Link(Peer):
         self.name = name
         self._welcomed = threading.Event()
         self._refused: protocol.Failed | None = None
+        self._moved = False
+
+    @property
+    def moved(self) -> bool:
+        """Whether another task serves the name by now: `connect` again to reach it.
+
+        This connection goes on, with the service that it was made to, until that closes.
+        """
+        return self._moved
+
+    def stay(self) -> None:
+        """Forget that the service was succeeded: its successor is gone."""
+        self._moved = False
 
     def _handle(self, message: Any, fds: list[int], lost: bool) -> None:
         if isinstance(message, protocol.Welcome) and not self._welcomed.is_set():
             if message.version != protocol.VERSION:
                 raise ProtocolError(f"the service speaks version {message.version}")
             self._welcomed.set()
+        elif isinstance(message, protocol.Moved):
+            self._moved = True
+            self._welcomed.set()  # instead of Welcome: `connect` tries again
         else:
             super()._handle(message, fds, lost)
 
@@ -69,7 +85,7 @@ class Link(Peer):
             )
         if self._refused is not None:
             raise rebuilt(self._refused)
-        if self._gone is not None:
+        if self._gone is not None and not self._moved:
             raise self._gone_again()
 
     def _ask_about(

@@ -54,7 +54,12 @@ class _Shared:
     def described(self) -> protocol.Share:
         """As clients are told of it."""
         return protocol.Share(
-            self.name, self.descriptor.length, self.access.writable, self.shape, self.dtype
+            self.name,
+            self.descriptor.length,
+            self.access.writable,
+            self.shape,
+            self.dtype,
+            self.allow is not None,
         )
 
 

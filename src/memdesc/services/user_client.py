@@ -12,10 +12,18 @@ from memdesc.services.events import NotifiedClient
 from memdesc.services.queues.parts import QueueingClient
 from memdesc.services.sharing import SharingClient
 from memdesc.services.streams import StreamingClient
+from memdesc.services.succession import SucceedingClient
 
 
 @final
-class UserClient(CallingClient, NotifiedClient, QueueingClient, StreamingClient, SharingClient):
+class UserClient(
+    CallingClient,
+    NotifiedClient,
+    QueueingClient,
+    StreamingClient,
+    SharingClient,
+    SucceedingClient,
+):
     """One client of a service.
 
     Attributes

@@ -16,7 +16,7 @@ import msgspec
 
 from memdesc.errors import ProtocolError
 from memdesc.portable import UNREADABLE
-from memdesc.services.protocol import calls, events, mappings, queues, sharing, streams
+from memdesc.services.protocol import calls, events, mappings, queues, sharing, streams, succession
 from memdesc.services.protocol.basics import (
     MAX_COPY as MAX_COPY,
     MAX_MESSAGE as MAX_MESSAGE,
@@ -67,6 +67,12 @@ from memdesc.services.protocol.sharing import (
     WatchLength as WatchLength,
 )
 from memdesc.services.protocol.streams import Subscribe as Subscribe, Subscribed as Subscribed
+from memdesc.services.protocol.succession import (
+    HandedOver as HandedOver,
+    Moved as Moved,
+    TakeOver as TakeOver,
+    Took as Took,
+)
 
 Message = (
     Hello
@@ -79,12 +85,20 @@ Message = (
     | calls.Message
     | queues.Message
     | streams.Message
+    | succession.Message
 )
 Answer = (
-    Done | Failed | sharing.Answer | mappings.Answer | calls.Answer | queues.Answer | streams.Answer
+    Done
+    | Failed
+    | sharing.Answer
+    | mappings.Answer
+    | calls.Answer
+    | queues.Answer
+    | streams.Answer
+    | succession.Answer
 )
 
-WITH_DESCRIPTORS = (Opened, Returned, QueueOpened, Subscribed)
+WITH_DESCRIPTORS = (Opened, Returned, QueueOpened, Subscribed, HandedOver)
 """Answers whose descriptors are handed to who asked; those of any other are closed."""
 
 encode = msgspec.msgpack.Encoder().encode

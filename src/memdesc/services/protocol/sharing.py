@@ -11,13 +11,18 @@ from memdesc.services.protocol.basics import Name, Shape
 
 
 class Share(msgspec.Struct, frozen=True):
-    """What a service tells of one thing that it shares. `dtype` is NumPy's string for it."""
+    """What a service tells of one thing that it shares.
+
+    `dtype` is NumPy's string for it; `ruled` says that the share has a rule of its own for who
+    may open it.
+    """
 
     name: Name
     nbytes: Natural
     writable: bool
     shape: Shape | None = None
     dtype: Name | None = None
+    ruled: bool = False
 
 
 class ListShares(msgspec.Struct, frozen=True, tag=True):

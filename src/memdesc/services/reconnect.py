@@ -1,0 +1,137 @@
+"""Reconnecting: a connection that finds the next service of its name."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import select
+from collections.abc import Callable
+from typing import Any, final
+
+from memdesc.errors import ClosedError, MemdescError
+from memdesc.services.connection import Connection
+from memdesc.vm.forks import lock_for
+
+
+@final
+class ReconnectingConnection(Connection):
+    """A connection to whichever service has a name; made by `connect(…, reconnect=True)`.
+
+    It holds one `Connection` at a time and asks that for whatever it is asked. Once that has
+    ended, or its service was succeeded by another, the next operation connects again, waiting up
+    to the `timeout` of `connect`.
+
+    Nothing is done twice: what waits when the service ends raises `PeerGoneError` at once, and
+    whether it was done there nobody knows. Nothing is done again by itself either: what belongs
+    to the service that ended (mappings pushed by it, `wait_length`'s watch, queues, events,
+    subscriptions) ended with it, and the program asks the next one for its own. What this program
+    has mapped stays readable.
+
+    Attributes
+    ----------
+    generation : int
+        How many services it has been connected to: a program that looks at it before and after
+        knows whether it talks to another one. Reading it does not connect.
+
+    Notes
+    -----
+    Threads: safe; one connects, the others wait for it. Fork: the child connects for itself, at
+    its next operation.
+    """
+
+    def __init__(self, reach: Callable[[], Connection], name: str) -> None:
+        # Not that of Connection: this one has no socket of its own.
+        self.name = name
+        self._reach = reach
+        self._lock = lock_for(self)
+        self._ended_here = False
+        self._current = reach()
+        self.generation = 1
+
+    def _alive(self) -> Connection | None:
+        """Give the connection if it lives, as far as is known here; takes no lock."""
+        current = self._current
+        if self._ended_here or current.closed or current.moved or _has_hung_up(current):
+            return None
+        return current
+
+    def _living(self) -> Connection:
+        """Give a connection that lives, connecting if need be."""
+        with self._lock:
+            if self._ended_here:
+                raise ClosedError(f"the connection to {self.name!r} was closed here")
+            if self._alive() is None:
+                old = self._current
+                try:
+                    # Who still waits on the old one holds it; it is closed with the last of them.
+                    self._current = self._reach()
+                except MemdescError:
+                    if old.closed or _has_hung_up(old):
+                        raise
+                    old.stay()  # its successor has gone; who was succeeded is still there
+                else:
+                    self.generation += 1
+            return self._current
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed here. Between two services it is not."""
+        return self._ended_here
+
+    def close(self) -> None:
+        """End it, and connect no more. Again is a no-op."""
+        with self._lock:
+            self._ended_here = True
+            current = self._current
+        current.close()
+
+    def __getattr__(self, name: str) -> Any:
+        """Give what only the connection itself has: its fields."""
+        if name in ("_current", "_lock"):  # not even made
+            raise AttributeError(name)
+        return getattr(self._living(), name)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._ended_here else f"generation {self.generation}"
+        return f"<ReconnectingConnection to {self.name!r}: {state}>"
+
+
+def _has_hung_up(connection: Connection) -> bool:
+    """Whether the other side has ended, also where the I/O thread has not come to it yet."""
+    poll = select.poll()
+    try:
+        poll.register(connection._sock, 0)  # POLLHUP is always told
+    except ValueError:
+        return True  # it was closed just now
+    return bool(poll.poll(0))
+
+
+def _forward(name: str, original: Any) -> Any:
+    """Make what asks the living connection in place of a method, or a property, of Connection."""
+    if isinstance(original, property):
+        return property(lambda self: getattr(self._living(), name), doc=original.__doc__)
+
+    if inspect.iscoroutinefunction(original):
+
+        @functools.wraps(original)
+        async def coroutine(self: ReconnectingConnection, *args: Any, **kwargs: Any) -> Any:
+            import asyncio
+
+            living = self._alive() or await asyncio.to_thread(self._living)
+            return await getattr(living, name)(*args, **kwargs)
+
+        return coroutine
+
+    @functools.wraps(original)
+    def method(self: ReconnectingConnection, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self._living(), name)(*args, **kwargs)
+
+    return method
+
+
+for _name in dir(Connection):
+    _original = inspect.getattr_static(Connection, _name)
+    if _name.startswith("__") or _name in vars(ReconnectingConnection):
+        continue
+    if inspect.isfunction(_original) or isinstance(_original, property):
+        setattr(ReconnectingConnection, _name, _forward(_name, _original))

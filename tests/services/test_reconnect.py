@@ -1,0 +1,175 @@
+"""connect(…, reconnect=True): the next service of the name, and what is not done again."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import threading
+import time
+
+import pytest
+from children import in_child
+from puppets import wait_until
+
+import memdesc as md
+
+SHARE = "service = md.Service('camera'); b = md.BufferMemoryDescriptor(8); service.share('it', b)"
+
+LATER = """
+time.sleep(0.1)
+s = md.Service("camera")
+@s.method
+def add(a: int) -> int:
+    return a + 1
+"""
+
+
+def test_the_next_operation_finds_the_next_service():
+    with md.Service("camera") as service:
+        service.share("it", md.BufferMemoryDescriptor(8))
+        connection = md.connect("camera", reconnect=True)
+        assert isinstance(connection, md.Connection)
+        assert (len(connection.map("it")), connection.generation) == (8, 1)
+        assert (connection.name, connection.task) == ("camera", md.Task.current())
+    assert not connection.closed
+    with md.Service("camera") as service:
+        service.share("it", md.BufferMemoryDescriptor(9))
+        assert (len(connection.map("it")), connection.generation) == (9, 2)
+        assert len(service.clients()) == 1
+        connection.close()
+        wait_until(lambda: service.clients() == [])
+        assert connection.closed
+        connection.close()
+        for operation in (connection.shares, lambda: connection.task, lambda: connection.map("it")):
+            with pytest.raises(md.ClosedError):
+                operation()
+    assert "closed" in repr(connection)
+
+
+def test_no_next_service_within_the_timeout():
+    with md.Service("camera"):
+        connection = md.connect("camera", timeout=0.05, reconnect=True)
+    for _ in range(2):
+        with pytest.raises(md.ServiceNotFoundError):
+            connection.shares()
+    with md.Service("camera"), connection:
+        assert (connection.shares(), connection.generation) == ([], 2)
+
+
+@pytest.mark.slow
+def test_who_waits_is_told_at_once_and_mappings_stay(puppet):
+    one = puppet(SHARE, "b.write_bytes(0, b'old')")
+    with md.connect("camera", reconnect=True) as connection:
+        mapping = connection.map("it")
+        caught: list[BaseException] = []
+
+        def wait() -> None:
+            try:
+                connection.wait_length("it", 8)
+            except md.MemdescError as error:
+                caught.append(error)
+
+        connection.wait_length("it", 0)  # it is watched
+        threads = [threading.Thread(target=wait) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        one.kill()
+        for thread in threads:
+            thread.join(30)
+        assert [type(error) for error in caught] == [md.PeerGoneError] * 3
+        assert bytes(mapping)[:3] == b"old"
+        other = puppet()
+        other.begin(f"time.sleep(0.1); {SHARE}")  # it is waited for
+        assert len(connection.map("it")) == 8
+        other.result()
+        assert (connection.task.pid, connection.generation) == (other.pid, 2)
+        other.do("service.close()")
+        caught.clear()
+
+
+def test_many_threads_find_one_next_service():
+    connection = md.connect
+    with md.Service("camera"):
+        connection = md.connect("camera", reconnect=True)
+    seen: list[int] = []
+
+    def ask() -> None:
+        assert connection.shares() == []
+        seen.append(connection.generation)
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    with md.Service("camera") as service:
+        for thread in threads:
+            thread.join(30)
+        assert seen == [2] * 8
+        assert len(service.clients()) == 1
+        connection.close()
+
+
+def test_a_fork_child_connects_for_itself():
+    with md.Service("camera") as service, md.connect("camera", reconnect=True) as connection:
+
+        def child():
+            return connection.shares(), connection.generation, os.getpid()
+
+        assert in_child(child)[:2] == ([], 2)
+        assert (connection.shares(), connection.generation) == ([], 1)
+        wait_until(lambda: len(service.clients()) == 1)
+
+
+def test_what_is_no_error_of_the_connection_does_not_reconnect():
+    with md.Service("camera"), md.connect("camera", reconnect=True) as connection:
+        with pytest.raises(md.ShareNotFoundError) as caught:
+            connection.map("nothing", timeout=0)
+        assert (caught.value.errno, connection.generation) == (errno.ENOENT, 1)
+
+
+def test_everything_that_a_connection_has_is_forwarded():
+    """A method that were not would run on an object without a socket."""
+    public = {name for name in dir(md.Connection) if not name.startswith("__")}
+    own = vars(md.ReconnectingConnection)
+    missing = {
+        name
+        for name in public - set(own)
+        if callable(getattr(md.Connection, name))
+        or isinstance(getattr(md.Connection, name), property)
+    }
+    assert missing == set()
+    assert md.ReconnectingConnection.map.__doc__ == md.Connection.map.__doc__
+
+
+@pytest.mark.slow
+def test_asyncio_goes_on_while_it_connects_again(puppet):
+    async def work() -> None:
+        connection = await md.connect_async("camera", reconnect=True)
+        service.close()
+        turns = 0
+        other = puppet()
+        other.begin(LATER)
+        answer = asyncio.ensure_future(connection.call_async("add", 4, timeout=20))
+        while not answer.done():
+            await asyncio.sleep(0.002)
+            turns += 1
+        assert (await answer, connection.generation) == (5, 2)
+        assert turns > 5  # the loop was never held up
+        other.result()
+        connection.close()
+        other.do("s.close()")
+
+    with md.Service("camera") as service:
+        asyncio.run(work())
+
+
+def test_dropping_it_closes_the_connection():
+    with md.Service("camera") as service:
+        connection = md.connect("camera", reconnect=True)
+        assert len(service.clients()) == 1
+        del connection
+        wait_until(lambda: service.clients() == [])
+        begun = time.monotonic()
+        with pytest.raises(md.ServiceNotFoundError):
+            md.connect("other", timeout=0.02, reconnect=True)
+        assert time.monotonic() - begun >= 0.015

@@ -5,6 +5,7 @@
 
 PYTHON ?= python3
 ARGS ?=
+FUZZ ?= 60
 
 BIN := .venv/bin
 CORE := CMakeLists.txt $(wildcard $(addprefix src/memdesc/_core/*.,pyx pxi pxd h))
@@ -18,8 +19,8 @@ PIP_INSTALL := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install \
 EDITABLE := --no-build-isolation --config-settings build-dir=build/editable --editable
 
 .NOTPARALLEL:
-.PHONY: help demo test test-fast test-wheel test-user test-container storm bench docs wheel \
-	lint types layers headers format clean
+.PHONY: help demo test test-fast test-wheel test-user test-container storm interleave sanitize \
+	fuzz bench docs wheel lint types layers headers format clean
 
 help:
 	@echo "make demo            the main job; make demo ARGS='--json FILE ...' passes arguments on"
@@ -30,6 +31,9 @@ help:
 	@echo "make test-user       the whole suite as an ordinary user (started as root)"
 	@echo "make test-container  the whole suite as a container's root (started as root)"
 	@echo "make storm           the long storm of SIGKILLs, and of histories of descriptors"
+	@echo "make interleave      the lock-free algorithms of the core in every interleaving, at length"
+	@echo "make sanitize        the core under the thread sanitizer, and the address sanitizer"
+	@echo "make fuzz            a minute of hostile clients and peers; FUZZ=3600: an hour"
 	@echo "make bench           the benchmarks"
 	@echo "make docs            the documentation, into docs/_build/html"
 	@echo "make wheel           the abi3 wheel, into dist"
@@ -62,6 +66,16 @@ test-container: .venv/test.stamp
 
 storm: .venv/test.stamp
 	@MEMDESC_STORM=long $(BIN)/pytest --timeout 3600 tests/storm tests/stateful $(ARGS)
+
+interleave: .venv/test.stamp
+	@MEMDESC_LOCKFREE=long $(BIN)/pytest --quiet tests/lockfree -k interleaving $(ARGS)
+
+sanitize: .venv/test.stamp
+	@MEMDESC_LOCKFREE=long $(BIN)/pytest --quiet tests/lockfree -k sanitizer $(ARGS)
+	@$(BIN)/python tests/runs.py sanitized
+
+fuzz: .venv/test.stamp
+	@$(BIN)/python tests/runs.py fuzz --seconds $(FUZZ)
 
 bench: .venv/test.stamp
 	@for file in $(BENCHMARKS); do $(BIN)/python $$file $(ARGS) || exit; done
@@ -113,7 +127,7 @@ clean:
 	@touch $@
 
 .venv/test.stamp: .venv/build.stamp pyproject.toml $(CORE) $(FOLDERS)
-	@$(PIP_INSTALL) $(EDITABLE) '.[cli,lint,test]'
+	@$(PIP_INSTALL) $(EDITABLE) '.[cli,fuzz,lint,test]'
 	@touch .venv/demo.stamp $@
 
 .venv/docs.stamp: .venv/build.stamp pyproject.toml $(CORE) $(FOLDERS)

@@ -3,6 +3,8 @@
     runs.py user       as an ordinary user (uid 65534, 8 MiB of RLIMIT_MEMLOCK), on the wheel
     runs.py container  as root without SYS_ADMIN, SYS_PTRACE, IPC_LOCK and CHECKPOINT_RESTORE
     runs.py wheel      the wheel, on every CPython >= 3.11 that is found (--short: oldest, newest)
+    runs.py sanitized  what writes memory in the core, compiled with the address sanitizer
+    runs.py fuzz       tests/fuzz/fuzz.py, on such a core (--seconds: how long)
 
 `--short` leaves out what is slow. What this machine does not allow is said, and is no failure.
 """
@@ -46,10 +48,18 @@ NOT_COPIED = shutil.ignore_patterns(
 def main() -> int:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("where", choices=["user", "container", "wheel"])
+    parser.add_argument("where", choices=["user", "container", "wheel", "sanitized", "fuzz"])
     parser.add_argument("--short", action="store_true", help="without what is slow")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of fuzzing")
     arguments = parser.parse_args()
-    run = {"user": run_as_user, "container": run_as_container, "wheel": run_wheel}
+    if arguments.where == "fuzz":
+        return run_fuzz(arguments.seconds)
+    run = {
+        "user": run_as_user,
+        "container": run_as_container,
+        "wheel": run_wheel,
+        "sanitized": run_sanitized,
+    }
     return run[arguments.where](arguments.short)
 
 
@@ -98,6 +108,55 @@ def run_wheel(short: bool) -> int:
         if status:
             return status
     return 0
+
+
+def run_sanitized(short: bool) -> int:
+    """Run the tests of queues, streams and hostile peers on a core with the address sanitizer."""
+    print("== tests with the address sanitizer", flush=True)
+    python = sanitized_python()
+    if python is None:
+        return skip("the compiler has no address sanitizer")
+    environment = {**os.environ, "MEMDESC_SCRIBBLE": "5" if short else "30"}
+    tests = ["tests/queues", "tests/services", "tests/security/test_hostile_messages.py"]
+    command = [python, "-P", "-m", "pytest", "--quiet", "-m", "not alone", *tests]
+    return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+
+
+def run_fuzz(seconds: float) -> int:
+    """Fuzz, on a core with the address sanitizer where the compiler has it."""
+    print("== fuzzing", flush=True)
+    python = sanitized_python() or Path(sys.executable)
+    command = [sys.executable, "tests/fuzz/fuzz.py", f"--seconds={seconds}", "--python", python]
+    return subprocess.run(command, cwd=ROOT, check=False).returncode
+
+
+def sanitized_python() -> Path | None:
+    """Make an interpreter whose memdesc has a core that tells of every access outside."""
+    folder = ROOT / "build" / "sanitized"
+    found = subprocess.run(
+        ["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=False
+    )
+    library = found.stdout.strip()
+    if not Path(library).is_absolute():
+        return None
+    options = ["--no-deps", "--no-build-isolation", "-C", f"build-dir={folder / 'build'}"]
+    flags = {"CFLAGS": "-fsanitize=address -g", "LDFLAGS": "-fsanitize=address"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    shutil.rmtree(folder / "dist", ignore_errors=True)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-qq"]
+    subprocess.run(
+        [*pip, *options, "-w", folder / "dist", ROOT],
+        env={**os.environ, **flags, "PATH": path},
+        check=True,
+    )
+    real = install_wheel(Path(sys.executable), folder / "venv", folder / "dist", "[cli,test,fuzz]")
+    python = folder / "python"
+    # The interpreter itself is not compiled so: the library has to come first. It forgets nothing
+    # on purpose, but CPython does.
+    settings = f"LD_PRELOAD={library} ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc"
+    python.write_text(f'#!/bin/sh\nexec env {settings} "{real}" "$@"\n')
+    python.chmod(0o755)
+    return python
 
 
 def one_of_each_version() -> list[tuple[str, Path]]:
@@ -172,14 +231,16 @@ def version_of(python: Path, prefix: list[str] | None = None) -> str:
     return tried.stdout.strip() if tried.returncode == 0 else ""
 
 
-def install_wheel(python: Path, folder: Path) -> Path:
+def install_wheel(
+    python: Path, folder: Path, dist: Path = ROOT / "dist", extras: str = "[cli,test]"
+) -> Path:
     """Make a virtual environment with the wheel and what its tests need; give its python."""
-    (wheel,) = (ROOT / "dist").glob("memdesc-*.whl")
+    (wheel,) = dist.glob("memdesc-*.whl")
     shutil.rmtree(folder, ignore_errors=True)
     subprocess.run([python, "-m", "venv", "--without-pip", folder], check=True)
     pip = [sys.executable, "-m", "pip", "--python", folder, "--disable-pip-version-check"]
     options = ["-qq", "--constraint", ROOT / "constraints.txt"]
-    subprocess.run([*pip, "install", *options, f"{wheel}[cli,test]"], check=True)
+    subprocess.run([*pip, "install", *options, f"{wheel}{extras}"], check=True)
     return folder / "bin" / "python"
 
 

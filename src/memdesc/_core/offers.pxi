@@ -971,7 +971,8 @@ cdef class StreamSubscriber:
         wait.sleeps = &of.taker.sleeps
         of.inside += 1
         try:
-            return bool(_sleep_on(&wait, of.taker.shared.written + 1, spin, limit))
+            # Not `written` as it is by now: then an offer put in just before would wake nobody.
+            return bool(_sleep_on(&wait, of.taker.read + 1, spin, limit))
         finally:
             of.inside -= 1
             of.leave()

@@ -132,6 +132,7 @@ if TYPE_CHECKING:
         create_data_queue as create_data_queue,
     )
     from memdesc.services.calls.pending import PendingCall as PendingCall
+    from memdesc.services.connecting import connect_async as connect_async
     from memdesc.services.connection import Connection as Connection, connect as connect
     from memdesc.services.events import Event as Event, Events as Events
     from memdesc.services.limits import Limits as Limits
@@ -155,6 +156,7 @@ __version__ = "0.2.0"
 _LATER = {
     "Connection": "memdesc.services.connection",
     "connect": "memdesc.services.connection",
+    "connect_async": "memdesc.services.connecting",
     "ClientConsumers": "memdesc.services.queues",
     "ClientProducers": "memdesc.services.queues",
     "Event": "memdesc.services.events",

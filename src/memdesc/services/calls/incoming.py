@@ -265,7 +265,7 @@ def _check_known(info: Any) -> None:
         for one in info:
             _check_known(one)
     elif isinstance(info, msgspec.inspect.CustomType):
-        if not _is_array(info.cls) and info.cls is not MemoryDescriptor:
+        if not _is_array(info.cls) and info.cls not in (MemoryDescriptor, object):
             raise TypeError(f"{_name(info.cls)} is none that travels")
     elif isinstance(info, (msgspec.inspect.Type, msgspec.inspect.Field)) and not isinstance(
         info, msgspec.inspect.AnyType

@@ -140,6 +140,7 @@ class Calling(Accepting):
         super()._ending()
         self._no_workers.detach()
         self._workers.close()
+        self._methods.clear()  # and what they hold
 
 
 class CallingClient(Accepted):

@@ -1,0 +1,477 @@
+"""Calls in time: many at once, late, cancelled, cut off by an end on either side."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import errno
+import os
+import resource
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from puppets import Puppet, Told, wait_until
+
+import memdesc as md
+
+LARGE = 200_000
+
+
+@pytest.fixture
+def held(service: md.Service) -> Any:
+    """A service with handlers that wait until they are let go."""
+    gate = threading.Event()
+    begun: list[int] = []
+    ended: list[str] = []
+
+    @service.method
+    def wait(number: int = 0) -> int:
+        begun.append(number)
+        assert gate.wait(30)
+        return number
+
+    @service.method
+    async def sleep(number: int = 0) -> int:
+        begun.append(number)
+        try:
+            await asyncio.sleep(30)
+        except asyncio.CancelledError:
+            ended.append("cancelled")
+            raise
+        return number
+
+    @service.method
+    async def soon(number: int) -> int:
+        await asyncio.sleep(0)
+        return number
+
+    service.method(lambda: os.getpid(), name="pid")
+    held = type("Held", (), {})()
+    held.gate, held.begun, held.ended, held.service = gate, begun, ended, service
+    yield held
+    gate.set()
+
+
+# -- futures and threads -------------------------------------------------------------------------
+
+
+def test_many_calls_are_in_flight(held: Any, client: md.Connection) -> None:
+    slow = [client.begin("wait", number) for number in range(3)]
+    quick = [client.begin("soon", number) for number in range(20)]
+    assert [one.result(20) for one in quick] == list(range(20))
+    assert not any(one.done() for one in slow)
+    held.gate.set()
+    done, rest = concurrent.futures.wait(slow, 20)
+    assert {one.result() for one in done} == {0, 1, 2}
+    assert not rest
+
+
+def test_a_future_tells_errors_once_and_for_all(held: Any, client: md.Connection) -> None:
+    missing = client.begin("nope")
+    assert isinstance(missing.exception(20), md.MethodNotFoundError)
+    for _ in range(2):
+        with pytest.raises(md.MethodNotFoundError):
+            missing.result(20)
+    odd = client.begin("pid", returns=str)
+    assert isinstance(odd.exception(20), md.InvalidArgument)
+    with pytest.raises(md.InvalidArgument):
+        odd.result()
+    right = client.begin("pid")
+    called = []
+    right.add_done_callback(called.append)
+    assert (right.result(20), right.exception()) == (os.getpid(), None)
+    wait_until(lambda: called == [right])
+
+
+def test_a_result_that_nobody_asks_for_leaves_nothing(
+    service: md.Service, client: md.Connection
+) -> None:
+    service.method(lambda: bytes(LARGE), name="blob")
+    concurrent.futures.wait([client.begin("blob")], 20)
+    assert len(client.begin("blob").result(20)) == LARGE
+
+
+def test_calls_on_the_io_thread_are_refused(held: Any, client: md.Connection) -> None:
+    """Where callbacks run: a call there would wait for itself."""
+    raised: list[BaseException] = []
+    over = threading.Event()
+
+    def callback(_: object) -> None:
+        for method in (client.call, client.begin):
+            try:
+                method("pid")
+            except md.MemdescError as error:
+                raised.append(error)
+        over.set()
+
+    pending = client.begin("wait")
+    pending.add_done_callback(callback)
+    held.gate.set()
+    assert over.wait(20)
+    assert len(raised) == 2
+
+
+def test_threads_share_a_connection(service: md.Service, client: md.Connection) -> None:
+    @service.method
+    def add(left: int, right: np.ndarray[Any, Any]) -> int:
+        return left + int(right.sum())
+
+    values = np.ones(3000)
+    wrong: list[object] = []
+
+    def work(start: int) -> None:
+        for number in range(start, start + 20):
+            got = client.call("add", number, values, timeout=30)
+            if got != number + 3000:
+                wrong.append(got)
+
+    threads = [threading.Thread(target=work, args=(1000 * index,)) for index in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not wrong
+
+
+# -- too late, and cancelled ---------------------------------------------------------------------
+
+
+def test_a_call_that_takes_too_long_is_cancelled_there(held: Any, client: md.Connection) -> None:
+    for method in ("sleep", "wait"):
+        with pytest.raises(md.TimedOutError) as caught:
+            client.call(method, timeout=0.05)
+        assert caught.value.errno == errno.ETIMEDOUT
+        assert method in str(caught.value)
+    wait_until(lambda: held.ended == ["cancelled"])
+    held.gate.set()
+    wait_until(lambda: not client._late)  # both were answered all the same
+    assert client.call("pid") == os.getpid()
+
+
+def test_cancelling_a_future_cancels_the_call(held: Any, client: md.Connection) -> None:
+    pending = client.begin("sleep")
+    wait_until(lambda: held.begun)
+    assert pending.cancel()
+    assert pending.cancel()
+    assert pending.cancelled()
+    assert concurrent.futures.wait([pending], 20).done == {pending}
+    with pytest.raises(concurrent.futures.CancelledError):
+        pending.result()
+    wait_until(lambda: held.ended == ["cancelled"])
+    finished = client.begin("pid")
+    finished.result(20)
+    assert not finished.cancel()
+
+
+def test_a_call_that_waits_for_a_worker_is_withdrawn(held: Any, client: md.Connection) -> None:
+    """A client has half of the eight workers: the fifth call waits, and never begins."""
+    calls = [client.begin("wait", number) for number in range(5)]
+    wait_until(lambda: len(held.begun) == 4)
+    assert calls[4].cancel()
+    wait_until(lambda: not client._late)
+    held.gate.set()
+    assert [one.result(20) for one in calls[:4]] == [0, 1, 2, 3]
+    assert 4 not in held.begun
+
+
+def test_what_a_late_call_may_fill_is_kept_until_it_is_answered(
+    service: md.Service, client: md.Connection
+) -> None:
+    gate = threading.Event()
+
+    @service.method
+    def late() -> bytes:
+        assert gate.wait(30)
+        return b"answer"
+
+    room = bytearray(6)
+    with pytest.raises(md.TimedOutError):
+        client.call("late", into=room, timeout=0.01)
+    with pytest.raises(BufferError):
+        room.append(1)  # else its memory could become somebody else's
+    assert not client._lent
+    gate.set()
+    wait_until(lambda: not client._kept)
+    room.append(1)
+
+
+# -- the end of either side ----------------------------------------------------------------------
+
+
+def test_the_end_of_the_service_ends_every_waiting_call(remote: Callable[..., Any]) -> None:
+    one = remote("@s.method\ndef wait(x: int) -> None: time.sleep(60)")
+    connection = one.connection
+    raised: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            connection.call("wait", 1, timeout=60)
+        except md.MemdescError as error:
+            raised.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    pending = [connection.begin("wait", 1) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: len(connection._pending) == 6)
+    one.puppet.kill()
+    for thread in threads:
+        thread.join(30)
+    raised += [future.exception(30) for future in pending]
+    assert [type(error) for error in raised] == [md.PeerGoneError] * 6
+    with pytest.raises(md.PeerGoneError):
+        connection.call("wait", 1)
+
+
+def test_closing_ends_every_waiting_call(held: Any) -> None:
+    with md.connect("calls") as connection:
+        pending = connection.begin("wait")
+        wait_until(lambda: held.begun)
+        connection.close()
+        with pytest.raises(md.ClosedError):
+            pending.result(20)
+        with pytest.raises(md.ClosedError):
+            connection.begin("pid")
+
+
+def test_a_dead_client_cancels_its_async_handlers(held: Any) -> None:
+    with Puppet() as one:
+        one.do("c = md.connect('calls')")
+        one.do("f = [c.begin('sleep', i) for i in range(3)]; None", 30)
+        wait_until(lambda: len(held.begun) == 3)
+        one.kill()
+        wait_until(lambda: held.ended == ["cancelled"] * 3)
+
+
+def test_a_stopped_client_holds_nobody_up(service: md.Service, client: md.Connection) -> None:
+    service.method(lambda: bytes(60_000), name="blob")
+    with Puppet() as one:
+        one.do("c = md.connect('calls')")
+        one.do("f = [c.begin('blob') for i in range(60)]; None")
+        one.stop()
+        for _ in range(5):
+            assert len(client.call("blob", timeout=30)) == 60_000
+        one.go_on()
+        assert one.do("{len(x.result(30)) for x in f} == {60_000}")
+
+
+def test_a_handlers_call_after_close_is_answered_by_the_end(held: Any) -> None:
+    with md.connect("calls") as connection:
+        waiting = connection.begin("wait")
+        sleeping = connection.begin("sleep")
+        wait_until(lambda: len(held.begun) == 2)
+        held.gate.set()
+        held.service.close()
+        assert isinstance(sleeping.exception(20), md.PeerGoneError)
+        assert waiting.exception(20) is None or isinstance(waiting.exception(), md.PeerGoneError)
+        with pytest.raises(md.ClosedError):
+            held.service.method(lambda: None, name="late")
+
+
+def test_calls_in_a_fork_child_are_refused(held: Any, client: md.Connection) -> None:
+    assert client.call("pid") == os.getpid()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            for method in (client.call, client.begin):
+                try:
+                    method("pid")
+                except md.ClosedError:
+                    continue
+                break
+            else:
+                held.service.close()
+                status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert client.call("pid") == os.getpid()
+
+
+# -- bounds ------------------------------------------------------------------------------------
+
+
+def test_one_client_has_so_many_calls_in_flight(held: Any, client: md.Connection) -> None:
+    calls = [client.begin("sleep", number) for number in range(64)]
+    with pytest.raises(md.LimitError) as caught:
+        client.call("sleep")
+    assert caught.value.errno == errno.EDQUOT
+    assert "64" in str(caught.value)
+    with md.connect("calls") as other:
+        assert other.call("pid") == os.getpid()
+    calls.pop().cancel()
+    wait_until(lambda: held.ended)
+    wait_until(lambda: not client._late)
+    assert client.call("pid") == os.getpid()
+    for one in calls:
+        one.cancel()
+
+
+def test_a_client_whose_calls_never_end_leaves_workers_to_others(
+    held: Any, client: md.Connection
+) -> None:
+    hog = [client.begin("wait", number) for number in range(60)]
+    wait_until(lambda: len(held.begun) == 4)
+    with md.connect("calls") as other:
+        assert [other.call("pid", timeout=30) for _ in range(10)] == [os.getpid()] * 10
+    assert len(held.begun) == 4
+    held.gate.set()
+    assert [one.result(30) for one in hog] == list(range(60))
+
+
+def test_workers_are_as_many_as_asked_for() -> None:
+    with md.Service("few", workers=1) as service:
+        names = []
+
+        @service.method
+        def name() -> None:
+            names.append(threading.current_thread().name)
+
+        with md.connect("few") as connection:
+            for one in [connection.begin("name") for _ in range(9)]:
+                one.result(20)
+        assert set(names) == {"memdesc-worker-0"}
+    for count in (0, -1, 1.5):
+        with pytest.raises(md.InvalidArgument):
+            md.Service("none", workers=count)  # type: ignore[arg-type]
+
+
+# -- asyncio -----------------------------------------------------------------------------------
+
+
+def test_asyncio_on_both_sides() -> None:
+    async def main() -> None:
+        here = asyncio.get_running_loop()
+        async with md.Service("both") as service:
+
+            @service.method
+            async def where(values: np.ndarray[Any, Any]) -> list[Any]:
+                await asyncio.sleep(0)
+                return [asyncio.get_running_loop() is here, int(values.sum())]
+
+            async with await md.connect_async("both") as client:
+                for size in (10, LARGE):
+                    assert await client.call_async("where", np.ones(size)) == [True, size]
+                with pytest.raises(md.TimedOutError):
+                    await client.call_async("slow", timeout=0.0)
+                room = bytearray(8)
+                service.method(lambda: b"in place", name="put")
+                assert await client.call_async("put", into=room) == 8
+                assert room == b"in place"
+                with pytest.raises(md.MethodNotFoundError):
+                    await client.call_async("nope")
+            with pytest.raises(md.ServiceNotFoundError):
+                await md.connect_async("nobody", timeout=0.01)
+
+    asyncio.run(main())
+
+
+def test_cancelling_the_task_that_waits_cancels_the_call(held: Any, client: md.Connection) -> None:
+    async def main() -> None:
+        waiting = asyncio.create_task(client.call_async("sleep", timeout=None))
+        while not held.begun:
+            await asyncio.sleep(0.001)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+    asyncio.run(main())
+    wait_until(lambda: held.ended == ["cancelled"])
+
+
+def test_a_cancelled_connect_leaves_nothing(service: md.Service) -> None:
+    async def main() -> None:
+        connecting = asyncio.create_task(md.connect_async("calls"))
+        await asyncio.sleep(0)
+        connecting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await connecting
+        while any("memdesc-connect" in one.name for one in threading.enumerate()):
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0)
+
+    asyncio.run(main())
+    wait_until(lambda: not service.clients())
+
+
+def test_a_loop_that_was_closed_is_told(service: md.Service, client: md.Connection) -> None:
+    async def make() -> None:
+        @service.method
+        async def gone() -> None:
+            pass
+
+    asyncio.run(make())
+    with pytest.raises(md.ClosedError):
+        client.call("gone")
+
+
+async def _storm(connections: int) -> None:
+    limits = md.Limits(connections_per_second=None)
+    async with md.Service("storm", limits=limits) as service:
+
+        @service.method
+        async def double(number: int) -> int:
+            return 2 * number
+
+        async def one(number: int) -> int:
+            async with await md.connect_async("storm", timeout=60) as client:
+                opened.append(client)
+                if len(opened) == connections:
+                    all_open.set()
+                await all_open.wait()
+                doubled: int = await client.call_async("double", number, timeout=60)
+                return doubled
+
+        opened: list[md.Connection] = []
+        all_open = asyncio.Event()
+        answers = await asyncio.gather(*(one(number) for number in range(connections)))
+        assert answers == [2 * number for number in range(connections)]
+        while service.clients():
+            await asyncio.sleep(0.001)
+
+
+@pytest.fixture
+def many_files() -> Iterator[int]:
+    """As many descriptors as this process may have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    yield hard
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.slow
+def test_many_connections_of_one_asyncio_program(many_files: int) -> None:
+    connections = 1000 if os.environ.get("MEMDESC_STORM") == "long" else 200
+    if many_files < 8 * connections:
+        pytest.skip(f"{connections} connections need more descriptors than {many_files}")
+    asyncio.run(_storm(connections))
+
+
+def test_a_signal_interrupts_a_waiting_call(held: Any, client: md.Connection) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(KeyboardInterrupt):
+            client.call("sleep", timeout=None)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    wait_until(lambda: held.ended == ["cancelled"])
+
+
+def test_a_call_of_a_puppet_that_fails_tells_no_stack(remote: Callable[..., Any]) -> None:
+    one = remote("@s.method\ndef bad() -> int: return [][secret_index := 3]")
+    with pytest.raises(md.RemoteError) as caught:
+        one.connection.call("bad")
+    assert "secret" not in str(caught.value)
+    with pytest.raises(Told) as told:
+        one.puppet.do("md.connect('remote').call('nope')")
+    assert told.value.kind == "MethodNotFoundError"

@@ -9,7 +9,7 @@ import msgspec
 from memdesc.errors import InvalidArgument
 from memdesc.portable import Natural
 
-VERSION = 2
+VERSION = 3
 MAX_MESSAGE = 128 * 1024
 """Bytes of a packet at most; below the socket buffer's default (net.core.wmem_default)."""
 MAX_COPY = 64 * 1024

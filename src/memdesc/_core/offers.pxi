@@ -79,6 +79,7 @@ cdef extern from "offers.h" nogil:
         uint32_t loans
         uint32_t holding
         uint64_t sequence
+        uint64_t read
         int broken
         int gone
         uint64_t taken

@@ -37,7 +37,13 @@
 
 #pragma GCC diagnostic ignored "-Wunused-value" /* of what the macros below give */
 
-enum { THREADS = 3, STORES = 8, STACK = 8192, SHARED = 2048, PRIVATE = 1024, DEEPEST = 4096 };
+#ifndef SHARED /* bytes of memory */
+#define SHARED 512
+#endif
+#ifndef PRIVATE
+#define PRIVATE 1024
+#endif
+enum { THREADS = 3, STORES = 8, STACK = 8192, DEEPEST = 4096 };
 
 struct store {
     uintptr_t at;
@@ -99,6 +105,8 @@ static int mutated(const char *where, const char *what) {
 }
 
 static void stop_before(const char *where, const char *what, int drains) {
+    if (self == NULL) /* the test itself, when no thread runs */
+        return;
     self->where = where;
     self->what = what;
     self->drains = drains;
@@ -174,8 +182,8 @@ static __attribute__((unused)) uint64_t hook_exchange(const char *where, volatil
     uintptr_t at = place(pointer);
     if (is_shared(at))
         stop_before(where, "exchange", 1);
-    uint64_t before = raw_load(at, size);
-    if (expected == NULL || before == *expected || mutated(where, "exchange"))
+    uint64_t before = mutated(where, "exchange") ? *expected : raw_load(at, size);
+    if (expected == NULL || before == *expected)
         raw_store(at, size, value);
     return before;
 }
@@ -231,6 +239,7 @@ static __attribute__((unused)) void hook_poll(int fd) {
 #undef atomic_exchange_explicit
 #undef atomic_compare_exchange_strong_explicit
 #undef atomic_compare_exchange_weak_explicit
+#undef atomic_compare_exchange_strong
 #undef atomic_thread_fence
 #define atomic_load_explicit(pointer, order)                                                       \
     ((__typeof__(*(pointer)))hook_load(__func__, pointer, sizeof *(pointer)))
@@ -248,6 +257,8 @@ static __attribute__((unused)) void hook_poll(int fd) {
         *(expected) = (__typeof__(*(expected)))_seen;                                              \
         _seen == _wanted;                                                                          \
     })
+#define atomic_compare_exchange_strong(pointer, expected, value)                                   \
+    atomic_compare_exchange_strong_explicit(pointer, expected, value, memory_order_seq_cst, 0)
 #define atomic_compare_exchange_weak_explicit atomic_compare_exchange_strong_explicit
 #define atomic_thread_fence(order) hook_fence(__func__)
 #define syscall(number, word, op, value, ...) hook_futex(__func__, word, op, value, __VA_ARGS__)
@@ -379,7 +390,7 @@ static void finish(int end_check(void)) {
     if (!all)
         snprintf(world.failure, sizeof world.failure, "a lost waking: somebody sleeps for ever");
     else if (buffered || !end_check())
-        snprintf(world.failure, sizeof world.failure, "entries were lost");
+        snprintf(world.failure, sizeof world.failure, "the end does not add up");
 }
 
 /* From where the world is: every way to go on. 0, or 1 where one fails, which is told. */

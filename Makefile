@@ -13,7 +13,7 @@ SOURCES := $(CORE) $(shell find src -name '*.py' -o -name '*.pyi')
 # A folder changes when a file comes, goes or moves: the editable install must then be told.
 FOLDERS := $(shell find src -type d -not -name __pycache__)
 HEADERS := $(wildcard src/memdesc/_core/*.h)
-BENCHMARKS := $(filter-out %/common.py,$(wildcard benchmarks/*.py))
+BENCHMARKS := $(filter-out %/common.py,$(wildcard benchmarks/*.py benchmarks/*/__main__.py))
 PIP_INSTALL := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install \
 	-qq --disable-pip-version-check --constraint constraints.txt
 EDITABLE := --no-build-isolation --config-settings build-dir=build/editable --editable
@@ -34,7 +34,7 @@ help:
 	@echo "make interleave      the lock-free algorithms of the core in every interleaving, at length"
 	@echo "make sanitize        the core under the thread sanitizer, and the address sanitizer"
 	@echo "make fuzz            a minute of hostile clients and peers; FUZZ=3600: an hour"
-	@echo "make bench           the benchmarks"
+	@echo "make bench           the benchmarks, and what they measure against (iceoryx2, pyzmq)"
 	@echo "make docs            the documentation, into docs/_build/html"
 	@echo "make wheel           the abi3 wheel, into dist"
 	@echo "make format          put the code into form"
@@ -77,7 +77,7 @@ sanitize: .venv/test.stamp
 fuzz: .venv/test.stamp
 	@$(BIN)/python tests/runs.py fuzz --seconds $(FUZZ)
 
-bench: .venv/test.stamp
+bench: .venv/bench.stamp
 	@for file in $(BENCHMARKS); do $(BIN)/python $$file $(ARGS) || exit; done
 
 docs: .venv/docs.stamp
@@ -128,6 +128,10 @@ clean:
 
 .venv/test.stamp: .venv/build.stamp pyproject.toml $(CORE) $(FOLDERS)
 	@$(PIP_INSTALL) $(EDITABLE) '.[cli,fuzz,lint,test]'
+	@touch .venv/demo.stamp $@
+
+.venv/bench.stamp: .venv/build.stamp pyproject.toml $(CORE) $(FOLDERS)
+	@$(PIP_INSTALL) $(EDITABLE) '.[cli,bench]'
 	@touch .venv/demo.stamp $@
 
 .venv/docs.stamp: .venv/build.stamp pyproject.toml $(CORE) $(FOLDERS)

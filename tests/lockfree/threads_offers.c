@@ -15,16 +15,17 @@
 #endif
 #include "offers.h"
 
-enum { PAGE = 4096, TURNS = 1500, LINES = 2, MOST = 64, STRIDE = 64, HEADERS = MOST * STRIDE };
+enum { PAGE = 4096, TURNS = 1500, LINES = 2, MOST = 64, STRIDE = 64, HEADERS = MOST * STRIDE,
+       CONTROL = LINES * PAGE + HEADERS };
 
 static struct md_pool pool;
 static struct md_line lines[LINES];
 static struct md_taker takers[LINES];
-static unsigned char *memory; /* the lines, the headers, then the slots */
+static unsigned char *memory; /* the lines, the headers, then the slots (once would do) */
 static uint64_t seed, total, slot_size;
 
 static unsigned char *slot_at(uint32_t slot) {
-    return memory + LINES * PAGE + HEADERS + slot * slot_size;
+    return memory + CONTROL + slot * slot_size;
 }
 
 static void bad(const char *what, uint64_t number) {
@@ -109,8 +110,8 @@ static void *subscribe(void *number) {
 
 static void begin(void) {
     uint64_t chance = seed;
-    slot_size = 8 << next_random(&chance) % 10;
-    memory = map_twice(LINES * PAGE + HEADERS + MOST * slot_size, PAGE);
+    slot_size = 8 << next_random(&chance) % 10; /* 4096 at most */
+    memory = map_twice(CONTROL, MOST * 4096);
     memset(&pool, 0, sizeof pool);
     uint32_t depths[LINES], loans[LINES], slots = 2;
     for (int i = 0; i < LINES; i++) {
@@ -157,7 +158,7 @@ static void finish(void) {
     if (pool.free_count != pool.slots - 1)
         bad("free slots", pool.free_count);
     md_pool_clear(&pool);
-    unmap_twice(memory, LINES * PAGE + HEADERS + MOST * slot_size, PAGE);
+    unmap_twice(memory, CONTROL, MOST * 4096);
 }
 
 int main(int count, char **arguments) {

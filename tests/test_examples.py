@@ -48,6 +48,8 @@ def finish(process: subprocess.Popen[str]) -> str:
         ("listing1", "driver_iokit.py"),
         ("both_write", "driver.py"),
         ("by_value", "driver.py"),
+        ("key_value_cache", "driver.py"),
+        ("asyncio_service", "driver.py"),
     ],
 )
 def test_driver_and_client(example: str, driver: str) -> None:

@@ -31,7 +31,8 @@ GLANCE = 0.25
 
 _ends: weakref.WeakSet[_core.RingEnd] = weakref.WeakSet()
 _hooked = False
-_EVER = 1e6  # seconds: what a lock, and the core, take as a timeout
+_GLANCE_NS = int(GLANCE * 1e9)
+_EVER = 1e6  # seconds: what a lock takes as a timeout
 _OPEN, _INHERITED = 1, 3
 
 
@@ -62,6 +63,8 @@ class End(_core.RingEnd):
     """Base of both ends. `_OTHER` is what the other one is called."""
 
     _OTHER = ""
+    _keeps: object = None
+    """What lives as long as this end is open: the connection that it came by."""
 
     def _open(
         self,
@@ -111,6 +114,7 @@ class End(_core.RingEnd):
         self._close()
         if self._socket is not None:
             self._socket.close()
+        self._keeps = None
 
     def peer_gone(self) -> None:
         """Say that the other end's task has ended, as whoever knows it saw: a socket, a pidfd.
@@ -146,18 +150,18 @@ class End(_core.RingEnd):
 
     def _sleep_until(self, wanted: int, deadline: float | None) -> bool:
         """As `_wait_until`, without spinning. Who sleeps already is waited for first."""
-        left = _left(deadline)
-        if not left or not self._lock.acquire(timeout=left):
+        lock = self._lock
+        if not lock.acquire(blocking=False) and not lock.acquire(timeout=_left(deadline)):
             return False
         try:
-            while left := _left(deadline):
-                if self._sleep(wanted, int(min(left, GLANCE) * 1e9)):
+            while limit := _GLANCE_NS if deadline is None else _part_of(deadline):
+                if self._sleep(wanted, limit):
                     return True
                 if self._peer is not None and not self._peer.alive:
                     self.peer_gone()
             return False
         finally:
-            self._lock.release()
+            lock.release()
 
     @staticmethod
     def _deadline(timeout: float) -> float:
@@ -244,3 +248,8 @@ def deadline_of(timeout: float | None) -> float | None:
 def _left(deadline: float | None) -> float:
     """Seconds; a long time for ever."""
     return _EVER if deadline is None else min(max(deadline - time.monotonic(), 0.0), _EVER)
+
+
+def _part_of(deadline: float) -> int:
+    """Nanoseconds to sleep before the next glance; 0 where the time has run out."""
+    return int(min(_left(deadline), GLANCE) * 1e9)

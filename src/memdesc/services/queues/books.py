@@ -55,6 +55,8 @@ class Slot(Generic[_End]):
         Bytes of the data area that are still taken of a client that has gone; None: it lives.
     lined_up : bool
         Whether it is to be looked at.
+    over : bool
+        Whether it was struck out, and is about to be freed.
     """
 
     client: Accepted
@@ -64,6 +66,7 @@ class Slot(Generic[_End]):
     idle_rings: int = 0
     left: int | None = None
     lined_up: bool = False
+    over: bool = False
 
     @property
     def is_over(self) -> bool:
@@ -242,17 +245,18 @@ class ClientQueues(Generic[_End]):
 
     def _retire(self, slot: Slot[_End]) -> None:
         """Strike a client's queue out, and free its memory. Never waits."""
+        slot.over = True
         self._strike(slot)
         slot.end.peer_gone()
         self._left(slot)
 
-        def free() -> None:  # pages by the thousand: milliseconds
-            slot.memory.close()
-
         try:
-            self._errands.add(free)
+            self._errands.add(lambda: self._free(slot))  # pages by the thousand: milliseconds
         except AllocationError:
-            free()
+            self._free(slot)
+
+    def _free(self, slot: Slot[_End]) -> None:
+        slot.memory.close()  # the rest goes with the end, whoever has it
 
     def _strike(self, slot: Slot[_End]) -> None:
         with self._changed:

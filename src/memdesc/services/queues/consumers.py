@@ -43,7 +43,7 @@ rings once for nothing after an entry."""
 class _Watch:
     """An epoll of the clients' sockets, and an eventfd by which this process wakes who waits.
 
-    Closed with the last thread that waits for it.
+    Closed with the last who has it, not before: of an epoll without its eventfd nobody is woken.
     """
 
     def __init__(self) -> None:
@@ -162,10 +162,8 @@ class ClientConsumers(ClientQueues[Consumer], Incoming["tuple[UserClient, bytes]
 
     def _watching(self) -> _Watch:
         self._check_open()
-        watch = self._watch
-        if watch is None:
-            raise ClosedError(f"queue {self.name!r} was closed")
-        return watch
+        assert self._watch is not None  # but in a fork child, where it is not open
+        return self._watch
 
     def _wait(self, until: float | None, timeout: float | None) -> None:
         watch = self._watching()
@@ -208,6 +206,8 @@ class ClientConsumers(ClientQueues[Consumer], Incoming["tuple[UserClient, bytes]
                 self._ready.append(slot)
 
     def _take_of(self, slot: Slot[Consumer], most: int) -> list[bytes]:
+        if slot.over:
+            return []
         try:
             entries = slot.end._take_many(most)
         except (PeerGoneError, ClosedError):
@@ -256,6 +256,8 @@ class ClientConsumers(ClientQueues[Consumer], Incoming["tuple[UserClient, bytes]
                 watch.epoll.unregister(fd)
         if slot in self._orphans:
             self._orphans.remove(slot)
+            with contextlib.suppress(ValueError):  # it is lined up
+                self._came.remove(slot)
             if not self._orphans and watch is not None:
                 watch.hush()
 
@@ -280,6 +282,10 @@ class ClientConsumers(ClientQueues[Consumer], Incoming["tuple[UserClient, bytes]
         while sum(orphan.memory.length for orphan in self._orphans) > self._most_left:
             self._retire(self._orphans[0])
 
+    def _free(self, slot: Slot[Consumer]) -> None:
+        slot.end.close()  # it may be lined up still
+        super()._free(slot)
+
     def _sweep(self, client: Accepted) -> bool:
         slot = self._slots.get(client)
         if slot is not None and slot.end.used:
@@ -292,11 +298,10 @@ class ClientConsumers(ClientQueues[Consumer], Incoming["tuple[UserClient, bytes]
         A client that puts on gets `PeerGoneError` (EPIPE); entries that wait are dropped.
         """
         super().close()
-        watch, self._watch = self._watch, None
-        if watch is not None:
-            watch.ring()  # for good: all who wait see it
         for slot in list(self._orphans):
             self._retire(slot)
+        if self._watch is not None:
+            self._watch.ring()  # for good: all who wait see it
 
     def forked(self) -> None:
         """In a fork child: the queues stay the parent's."""

@@ -298,7 +298,7 @@ class QueuedTo(Link):
         -------
         Consumer or Producer
             Whichever the service is not. Owned by the caller, and ended by `close`; then the queue
-            can be opened anew. When the connection ends, its waits end at once with
+            can be opened anew. Keeps the connection. When that ends, its waits end at once with
             `PeerGoneError` (ECONNRESET), after what is in the queue.
 
         Raises
@@ -328,6 +328,7 @@ class QueuedTo(Link):
             except BaseException:
                 memory.close()
                 raise
+        end._keeps = self
         with self._lock:
             self._ends.add(end)
             gone = self._gone is not None

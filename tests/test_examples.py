@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
-from listing2_program import Program, compiled, running
+from listing2_program import Program, compiled, compiler, running
 
-from memdesc import page_size
+from memdesc import _core, page_size
+from memdesc.portable import Portable
+from memdesc.services import protocol
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -87,6 +92,110 @@ def test_listing_2() -> None:
                 pytest.skip("this kernel lets no task copy from its sibling")
             assert lines[1:] == ["copied in: written by C"]
         assert program.says() == "changed from Python"
+
+
+@pytest.mark.slow
+def test_a_client_in_c(tmp_path: Path) -> None:
+    client = compiled_client(tmp_path)
+    with start("c_client", "driver.py") as driver:
+        said = "".join(run_client(client, "c-client", name) for name in ("frame", "parts"))
+        assert said + finish(driver) == expected("c_client")
+
+
+def compiled_client(folder: Path) -> Path:
+    source = EXAMPLES / "c_client" / "c_client.c"
+    options = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror"]
+    subprocess.run([compiler(), *options, "-o", folder / "c_client", source], check=True)
+    return folder / "c_client"
+
+
+def run_client(client: Path, *arguments: str, status: int = 0) -> str:
+    run = subprocess.run(
+        [client, *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert run.returncode == status, run.stderr
+    return run.stdout if status == 0 else run.stderr
+
+
+@pytest.mark.slow
+def test_a_client_in_c_is_wary_of_its_service(tmp_path: Path, runtime_dir: Path) -> None:
+    """Of what it must not map, and of answers that make no sense."""
+    client = compiled_client(tmp_path)
+    answers = {
+        "no seals": "could be truncated",
+        "not enforced": "can be written by others",
+        "too short": "not within what came",
+        "no such object": "not within what came",
+        "another length": "makes no sense",
+        "deep": "makes no sense",
+        "cut off": "not within what came",
+        "refused": "no such thing",
+        "nothing": "ended the connection",
+        "not admitted": "not admitted: go away",
+    }
+    for what, says in answers.items():
+        thread = threading.Thread(target=answer_badly, args=(runtime_dir / "bad", what))
+        thread.start()
+        assert says in run_client(client, "bad", "it", status=1), what
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def answer_badly(path: Path, what: str) -> None:
+    """Be a service for one client, that asks for a share."""
+    path.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+        listening.bind(str(path))
+        listening.listen()
+        listening.settimeout(30)
+        sock = listening.accept()[0]
+    path.unlink()
+    with sock:
+        sock.settimeout(30)
+        assert protocol.read(sock.recv(4096)) == protocol.Hello(protocol.VERSION)
+        if what == "not admitted":
+            sock.send(protocol.encode(protocol.Failed(0, "AccessDeniedError", "go away")))
+            return
+        sock.send(protocol.encode(protocol.Welcome(protocol.VERSION, "bad")))
+        sock.send(protocol.encode(protocol.PullMapping(77, 5)))  # what it must refuse
+        asked = protocol.read(sock.recv(4096))
+        if what != "nothing":
+            data, fds = bad_answer(what, asked.id)
+            socket.send_fds(sock, [data], fds)
+            for fd in fds:
+                os.close(fd)
+        refused = sock.recv(4096)
+        assert not refused or protocol.read(refused).id == 77
+
+
+def bad_answer(what: str, number: int) -> tuple[bytes, list[int]]:
+    if what == "refused":
+        return protocol.encode(protocol.Failed(number, "MemdescError", "no such thing")), []
+    fd = os.memfd_create("bad", os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, page_size)
+    seals = 0 if what == "no seals" else fcntl.F_SEAL_SHRINK
+    if what != "not enforced":
+        seals |= _core.F_SEAL_FUTURE_WRITE if seals else 0
+    if seals:
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    length = page_size + 1 if what == "too short" else page_size
+    piece = (1 if what == "no such object" else 0, 0, length)
+    nbytes = 5 if what == "another length" else length
+    answer = protocol.Opened(
+        number, protocol.Share("it", nbytes, False), Portable(1, "it", 3, False, (piece,))
+    )
+    data = protocol.encode(answer)
+    if what == "cut off":
+        data = data[:-5]
+    elif what == "deep":
+        data = data.replace(b"\xa5share\x86", b"\xa5shar_" + b"\x91" * 60_000 + b"\x86")
+    return data, [fd]
+
+
+def test_the_client_in_c_speaks_the_version_that_the_page_tells() -> None:
+    source = (EXAMPLES / "c_client" / "c_client.c").read_text()
+    assert f"#define VERSION {protocol.VERSION}\n" in source
+    assert f"#define MAX_MESSAGE {protocol.MAX_MESSAGE}\n" in source
 
 
 def may_open_objects_of(program: Program) -> bool:

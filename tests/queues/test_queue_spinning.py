@@ -156,7 +156,7 @@ def test_who_lost_the_cpu_does_not_spin_next_time(ends: Ends) -> None:
         assert consumer.dequeue() == b"entry"
     assert waited(consumer) == (1, 0)
     with pytest.raises(md.TimedOutError):
-        consumer.dequeue(SOON)
+        consumer.dequeue(5 * SOON)
     assert waited(consumer) == (2, 1)
 
 
@@ -170,8 +170,9 @@ def test_no_time_is_no_wait(ends: Ends) -> None:
 @pytest.mark.parametrize("spin", [0, 1e-6])
 def test_it_sleeps_when_it_has_spun(memory: md.BufferMemoryDescriptor, spin: float) -> None:
     with md.Producer(memory, spin=spin) as producer, md.Consumer(memory, spin=spin) as consumer:
-        with soon(lambda: producer.enqueue(b"entry")):
-            assert consumer.dequeue(LIMIT) == b"entry"
-        waits, sleeps = waited(consumer)
-        assert waits == 1
-        assert sleeps >= 1
+        waits = 0
+        while not waited(consumer)[1]:  # somebody may have the CPU until the timer rings
+            with soon(lambda: producer.enqueue(b"entry")):
+                assert consumer.dequeue(LIMIT) == b"entry"
+            waits += 1
+        assert waited(consumer)[0] == waits

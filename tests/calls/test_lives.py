@@ -315,13 +315,43 @@ def test_one_client_has_so_many_calls_in_flight(held: Any, client: md.Connection
 def test_a_client_whose_calls_never_end_leaves_workers_to_others(
     held: Any, client: md.Connection
 ) -> None:
-    hog = [client.begin("wait", number) for number in range(60)]
-    wait_until(lambda: len(held.begun) == 4)
-    with md.connect("calls") as other:
-        assert [other.call("pid", timeout=30) for _ in range(10)] == [os.getpid()] * 10
-    assert len(held.begun) == 4
-    held.gate.set()
-    assert [one.result(30) for one in hog] == list(range(60))
+    """Also one that connects several times: it is one task."""
+    with Puppet() as hog:
+        hog.do("c = [md.connect('calls') for _ in range(2)]")
+        hog.do("f = [each.begin('wait', i) for i in range(30) for each in c]; None")
+        wait_until(lambda: len(held.begun) == 4)
+        assert [client.call("pid", timeout=30) for _ in range(10)] == [os.getpid()] * 10
+        assert len(held.begun) == 4
+        held.gate.set()
+        assert hog.do("[one.result(30) for one in f] == [i for i in range(30) for _ in c]")
+
+
+def test_an_async_handler_that_exits_ends_no_loop(
+    held: Any, client: md.Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    @held.service.method
+    async def leave() -> None:
+        raise SystemExit(3)
+
+    for _ in range(2):
+        with pytest.raises(md.RemoteError):
+            client.call("leave")
+    assert client.call("soon", 4) == 4
+    caplog.clear()
+
+
+def test_no_thread_for_a_method_is_an_error(
+    held: Any, client: md.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", start)
+        with pytest.raises(md.AllocationError) as caught:
+            client.call("pid")
+        assert caught.value.errno == errno.EAGAIN
+    assert client.call("pid") == os.getpid()
 
 
 def test_workers_are_as_many_as_asked_for() -> None:

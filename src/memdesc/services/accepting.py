@@ -359,8 +359,12 @@ def _abandon(io: Loop, listener: folder.Listener) -> None:
 
 
 def _may_copy(task: Task) -> bool:
-    """Whether the kernel lets this process copy from and to that one's memory."""
+    """Whether this process copies from and to that one's memory by the kernel's leave.
+
+    Not of another user: his memory may lie in a file system of his own, which never answers.
+    """
     try:
-        return route(task) is Route.PROCESS_VM
+        same_user = task.credentials.uid == os.geteuid()
+        return same_user and route(task) is Route.PROCESS_VM
     except MemdescError:
         return False

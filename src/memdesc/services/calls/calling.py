@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import socket as sockets
-from typing import Any
+from typing import Any, Self
 
 from memdesc.errors import (
     InvalidArgument,
@@ -104,8 +104,8 @@ class CallsTo(Link):
         process_vm_readv and process_vm_writev of private memory. Where the kernel denies these,
         this connection copies for the service what was lent, while the call lasts.
         """
-        message, outgoing = self._prepared(method, arguments, into, named)
         form = _form(returns)
+        message, outgoing = self._prepared(method, arguments, into, named)
         number = message.id
         try:
             self._hold(number, outgoing)
@@ -118,7 +118,7 @@ class CallsTo(Link):
         finally:
             outgoing.close()
         self._let_go(number)
-        return self._read(form, answer, fds)
+        return _read(self.task, form, answer, fds)
 
     def begin(
         self,
@@ -141,9 +141,10 @@ class CallsTo(Link):
         """
         if self._loop.here:
             raise MemdescError("a call on the I/O thread: make it on another thread")
+        read = functools.partial(_read, self.task, _form(returns))
         message, outgoing = self._prepared(method, arguments, into, named)
         number = message.id
-        pending = PendingCall(self, number, functools.partial(self._read, _form(returns)))
+        pending = PendingCall(self, number, read)
         try:
             self._hold(number, outgoing)
             pending.add_done_callback(_Release(self, number))
@@ -189,7 +190,7 @@ class CallsTo(Link):
         finally:
             pending.cancel()
 
-    async def __aenter__(self) -> Any:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -259,26 +260,6 @@ class CallsTo(Link):
             for one in ranges
         )
 
-    # -- results ---------------------------------------------------------------------------------
-
-    def _read(self, form: Form, answer: protocol.Returned, fds: list[int]) -> Any:
-        if count_files(answer.memory) != len(fds) or any(
-            isinstance(one, Lent) for one in answer.memory
-        ):
-            discard(fds)
-            raise ProtocolError(
-                f"task {self.task.pid} answered with {len(fds)} descriptors, and memory that is "
-                "not theirs",
-                errno=errno.EPROTO,
-            )
-        memory = Incoming(answer.memory, fds, self.task)
-        record = answer.value if answer.record is None else memory.bytes(answer.record)
-        with decoding(memory):
-            try:
-                return form.read(record)
-            except InvalidArgument as error:
-                raise InvalidArgument(f"the result: {error}", errno=errno.EINVAL) from error
-
     # -- on the I/O thread -----------------------------------------------------------------------
 
     def _handle(self, message: Any, fds: list[int], lost: bool) -> None:
@@ -347,3 +328,22 @@ def _form(returns: Any) -> Form:
         return _cached_form(returns)
     except TypeError:  # a type that can not be hashed
         return Form(returns)
+
+
+def _read(task: Task, form: Form, answer: protocol.Returned, fds: list[int]) -> Any:
+    """Make the result of an answer and its descriptors, which it takes over."""
+    if count_files(answer.memory) != len(fds) or any(
+        isinstance(one, Lent) for one in answer.memory
+    ):
+        discard(fds)
+        raise ProtocolError(
+            f"task {task.pid} answered with {len(fds)} descriptors, and memory that is not theirs",
+            errno=errno.EPROTO,
+        )
+    memory = Incoming(answer.memory, fds, task)
+    record = answer.value if answer.record is None else memory.bytes(answer.record)
+    with decoding(memory):
+        try:
+            return form.read(record)
+        except InvalidArgument as error:
+            raise InvalidArgument(f"the result: {error}", errno=errno.EINVAL) from error

@@ -23,7 +23,7 @@ from memdesc.errors import (
 )
 from memdesc.handover import discard
 from memdesc.services import protocol
-from memdesc.services.calls.incoming import Incoming, decoding
+from memdesc.services.calls.incoming import Incoming, count_bytes, decoding
 from memdesc.services.calls.methods import Method
 from memdesc.services.calls.outgoing import Outgoing
 from memdesc.services.calls.workers import Workers
@@ -45,7 +45,18 @@ class Running:
     Answered exactly once, unless its client has gone; cancelling changes what the answer says.
     """
 
-    __slots__ = ("_client", "_events", "_fds", "_method", "_workers", "call", "cancelled", "task")
+    __slots__ = (
+        "_client",
+        "_events",
+        "_fds",
+        "_method",
+        "_workers",
+        "call",
+        "cancelled",
+        "files",
+        "nbytes",
+        "task",
+    )
 
     def __init__(
         self,
@@ -56,6 +67,8 @@ class Running:
         workers: Workers,
     ) -> None:
         self.call = call
+        self.files = len(fds)
+        self.nbytes = count_bytes(call.memory)
         self.cancelled = False
         self.task: AsyncTask[Any] | None = None
         self._client = client
@@ -73,14 +86,14 @@ class Running:
             if events is not None and not self.call.memory:
                 self._in_loop(self._start)
             else:
-                self._workers.submit(self._client, self.run)
-        except ClosedError as error:
+                self._workers.submit(self._client.task.pid, self.run)
+        except MemdescError as error:
             self._dismiss(error)
 
     def cancel(self) -> None:
         """Cancel an async handler, withdraw what has not begun, drop the result of all else."""
         self.cancelled = True
-        if self._workers.withdraw(self._client, self.run):
+        if self._workers.withdraw(self._client.task.pid, self.run):
             self._dismiss(_cancelled())
         elif self._events is not None:
             try:
@@ -150,9 +163,9 @@ class Running:
             self._finish(result, memory)
             return
         try:
-            self._workers.submit(self._client, lambda: self._finish(result, memory))
-        except ClosedError as closed:
-            self._fail(closed)
+            self._workers.submit(self._client.task.pid, lambda: self._finish(result, memory))
+        except MemdescError as failure:
+            self._fail(failure)
 
     def _in_loop(self, what: Any, *arguments: Any) -> None:
         assert self._events is not None

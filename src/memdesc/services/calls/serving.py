@@ -188,7 +188,7 @@ class CallingClient(Accepted):
 
     def _check_call(self, call: protocol.Call, files: int) -> None:
         with self._lock:
-            others = [running.call for running in self._calls.values()]
+            others = list(self._calls.values())
         most = self.limits.calls
         if len(others) >= most:
             raise LimitError(
@@ -199,7 +199,7 @@ class CallingClient(Accepted):
             )
         if not call.memory:
             return
-        nbytes = sum(count_bytes(one.memory) for one in (call, *others))
+        nbytes = count_bytes(call.memory) + sum(one.nbytes for one in others)
         room = _physical if self.limits.call_bytes is None else self.limits.call_bytes
         if nbytes > room:
             raise LimitError(
@@ -208,7 +208,7 @@ class CallingClient(Accepted):
                 "time, or let the service say limits=Limits(call_bytes=…)",
                 errno=errno.EDQUOT,
             )
-        if files + sum(count_files(one.memory) for one in others) > MAX_MEMORY:
+        if files + sum(one.files for one in others) > MAX_MEMORY:
             raise LimitError(
                 f"the calls of task {self.task.pid} that are in flight would have more than "
                 f"{MAX_MEMORY} VM objects beside them: wait for some",

@@ -1,11 +1,12 @@
 """The threads and the event loop that handlers run in: never the I/O thread.
 
-Clients take turns, one job each, and no client has more than half of the threads: one that asks
+Client tasks take turns, one job each, and none has more than half of the threads: one that asks
 without end, or whose calls never end, leaves room for the others.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import queue
 import threading
@@ -13,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from memdesc.errors import ClosedError, InvalidArgument
+from memdesc.errors import AllocationError, ClosedError, InvalidArgument
 from memdesc.vm.pages import check_integer
 
 if TYPE_CHECKING:
@@ -56,18 +57,31 @@ class Workers:
         Raises
         ------
         ClosedError
+        AllocationError
+            There is no thread, and none can be started (EAGAIN).
         """
         with self._lock:
             self._check_open()
+            if self._wakes.qsize() >= self._waiting and self._workers < self.most:
+                self._add_worker()
             jobs = self._jobs.get(whose)
             if jobs is None:
                 jobs = self._jobs[whose] = deque()
                 self._turns.append(whose)
             jobs.append(job)
-            if self._wakes.qsize() >= self._waiting and self._workers < self.most:
-                self._start(self._work, f"memdesc-worker-{self._workers}")
-                self._workers += 1
         self._wakes.put(True)
+
+    def _add_worker(self) -> None:
+        try:
+            self._start(self._work, f"memdesc-worker-{self._workers}")
+        except RuntimeError as error:
+            if not self._workers:  # else those that there are do it
+                raise AllocationError(
+                    f"no thread can be started for a method: {error}; raise `ulimit -u`",
+                    errno=errno.EAGAIN,
+                ) from error
+        else:
+            self._workers += 1
 
     def withdraw(self, whose: object, job: Job) -> bool:
         """Take a job back that has not begun; False where it has."""
@@ -169,10 +183,13 @@ def _run_events(events: AbstractEventLoop) -> None:
     import asyncio
 
     asyncio.set_event_loop(events)
-    try:
-        events.run_forever()
-    finally:
-        events.close()
+    while True:
+        try:
+            events.run_forever()
+            break
+        except BaseException:  # a handler said exit(): it ends no thread of ours
+            log.exception("worker.loop_interrupted")
+    events.close()
 
 
 async def _cancel_all() -> None:

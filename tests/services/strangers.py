@@ -6,6 +6,9 @@ import array
 import fcntl
 import os
 import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +91,35 @@ def push(pieces: list[tuple[int, int, int]], **fields: Any) -> protocol.PushMapp
         "prefault": False,
     }
     return protocol.PushMapping(**{**usual, **fields})
+
+
+@contextmanager
+def service_that(answers: Callable[[Stranger], None], path: Path) -> Iterator[None]:
+    """Listen; do as told with the first client, after its greeting was received."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(str(path))
+    listener.listen()
+
+    def serve() -> None:
+        with Stranger(sock=listener.accept()[0]) as one:
+            try:
+                assert one.receive()[0] == protocol.Hello(protocol.VERSION)
+                answers(one)
+                while not one.is_ended():
+                    pass
+            except OSError:  # the client let go
+                pass
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield
+    finally:
+        listener.close()
+        thread.join(30)
+        path.unlink()
+        assert not thread.is_alive()
+
+
+def welcome(one: Stranger) -> None:
+    one.send(protocol.Welcome(protocol.VERSION, "camera"))

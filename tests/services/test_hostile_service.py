@@ -6,13 +6,12 @@ import errno
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from puppets import wait_until
-from strangers import Stranger, memfd, push
+from strangers import Stranger, memfd, push, service_that, welcome
 
 import memdesc as md
 from memdesc.handover import close_all
@@ -21,38 +20,6 @@ from memdesc.services import protocol
 
 PAGE = md.page_size
 Reply = Callable[[int], tuple[object, list[int]]]
-
-
-@contextmanager
-def service_that(answers: Callable[[Stranger], None], path: Path) -> Iterator[None]:
-    """Listen; do as told with the first client, after its greeting was received."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listener.bind(str(path))
-    listener.listen()
-
-    def serve() -> None:
-        with Stranger(sock=listener.accept()[0]) as one:
-            try:
-                assert one.receive()[0] == protocol.Hello(protocol.VERSION)
-                answers(one)
-                while not one.is_ended():
-                    pass
-            except OSError:  # the client let go
-                pass
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    try:
-        yield
-    finally:
-        listener.close()
-        thread.join(30)
-        path.unlink()
-        assert not thread.is_alive()
-
-
-def welcome(one: Stranger) -> None:
-    one.send(protocol.Welcome(protocol.VERSION, "camera"))
 
 
 def share(nbytes: int = PAGE, **fields: object) -> protocol.Share:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,19 @@ def test_listing_2() -> None:
                 pytest.skip("this kernel lets no task copy from its sibling")
             assert lines[1:] == ["copied in: written by C"]
         assert program.says() == "changed from Python"
+
+
+@pytest.mark.slow
+def test_a_camera_and_three_viewers(tmp_path: Path) -> None:
+    strip = tmp_path / "strip.png"
+    viewers = [["track"], ["record", str(strip)], ["glance"]]
+    with start("camera", "camera.py") as camera, ExitStack() as stack:
+        looking = [
+            stack.enter_context(start("camera", "viewer.py", *arguments)) for arguments in viewers
+        ]
+        said = "".join(finish(one) for one in looking)
+        assert said + finish(camera) == expected("camera")
+    assert strip.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow

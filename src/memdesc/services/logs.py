@@ -1,4 +1,4 @@
-"""The log of services and connections, which no stranger can fill.
+"""The log of services, connections and streams, which no stranger can fill.
 
 Whoever makes a service log a line can do it ten thousand times. Of one event (the message; what
 belongs to it is in the record's fields) a few lines are written at once, and then one now and
@@ -45,4 +45,5 @@ class Sparing(logging.Filter):
 
 log = logging.getLogger("memdesc.services")
 sparing = Sparing()
-log.addFilter(sparing)
+for _name in ("memdesc.services", "memdesc.streams"):
+    logging.getLogger(_name).addFilter(sparing)

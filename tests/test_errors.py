@@ -27,6 +27,7 @@ FIELDS = {
     "available": 4096,
     "expected": 100,
     "completed": 40,
+    "file_offset": 8192,
     "pid": 4242,
     "data": b"not yet ended",
     "zone": "headers",

@@ -41,8 +41,8 @@ enum {
     MD_OP_ASYNC_CANCEL = 14,
     MD_OP_READ = 22,
     MD_OP_WRITE = 23,
-    MD_SQE_FIXED_FILE = 1 << 0,
     MD_REGISTER_FILES = 2,
+    MD_UNREGISTER_FILES = 3,
     MD_REGISTER_EVENTFD = 4,
     MD_UNREGISTER_EVENTFD = 5,
     MD_REGISTER_BUFFERS2 = 15,
@@ -227,6 +227,12 @@ static inline int md_uring_buffer(int fd, uint32_t slot, uintptr_t address, size
         uint32_t nr, resv2;
     } update = {slot, 0, (uint64_t)(uintptr_t)&memory, 0, 1, 0};
     return md_uring_register(fd, MD_REGISTER_BUFFERS_UPDATE, &update, sizeof update);
+}
+
+/* Let go of the registered files now: those of a closed ring go some time later. Not for the ring
+ * of another process, which shares them. */
+static inline void md_uring_forget_files(struct md_uring *ring) {
+    (void)md_uring_register(ring->fd, MD_UNREGISTER_FILES, NULL, 0);
 }
 
 /* End a ring whose memory is about to go: wait for what is in flight, cancelled where that can be.

@@ -1,7 +1,9 @@
 # An io_uring (uring.h) as a Python object; included by _native.pyx.
 #
 # Preparing and reaping run under the GIL, which is their lock. Entering the kernel does not: other
-# threads may prepare and reap meanwhile.
+# threads may prepare and reap meanwhile. What a signal cut short runs its handler here: raising an
+# OSError runs Python code for its traceback (in a limited-API module), which would run the handler
+# and swallow what that raises.
 
 from posix.unistd cimport getpid
 
@@ -30,11 +32,11 @@ cdef extern from "uring.h" nogil:
         uint32_t completions
         uint64_t in_flight
     int MD_OP_READ_FIXED, MD_OP_WRITE_FIXED, MD_OP_READ, MD_OP_WRITE, MD_OP_ASYNC_CANCEL
-    int MD_SQE_FIXED_FILE
     uint32_t MD_REGISTER_FILES, MD_REGISTER_EVENTFD, MD_UNREGISTER_EVENTFD
     int md_uring_open(md_uring *, uint32_t, uint32_t, uint32_t)
     void md_uring_close(md_uring *)
     void md_uring_drain(md_uring *)
+    void md_uring_forget_files(md_uring *)
     uint32_t md_uring_pending(md_uring *)
     int md_uring_put(md_uring *, md_sqe *)
     int md_uring_take(md_uring *, md_cqe *)
@@ -48,6 +50,9 @@ cdef extern from "uring.h" nogil:
 
 # linux/io_uring.h; Linux 5.19: completions do not interrupt a thread that is in user space.
 URING_COOP_TASKRUN = 1 << 8
+# Of an entry: the file is one of the registered; let a worker wait for it, not who submits.
+URING_FIXED_FILE = 1 << 0
+URING_ASYNC = 1 << 4
 
 
 @cython.final
@@ -67,6 +72,7 @@ cdef class Uring:
             with nogil:
                 if self.pid == getpid():
                     md_uring_drain(&self.ring)
+                    md_uring_forget_files(&self.ring)
                 md_uring_close(&self.ring)
 
     cdef int check(self) except -1:
@@ -91,7 +97,7 @@ cdef class Uring:
     def closed(self):
         return self.ring.fd < 0
 
-    def prepare(self, bint write, int file, bint registered_file, size_t address, uint32_t length,
+    def prepare(self, bint write, int file, unsigned char flags, size_t address, uint32_t length,
                 uint64_t offset, uint64_t tag, int buffer):
         cdef md_sqe entry
         self.check()
@@ -102,7 +108,7 @@ cdef class Uring:
             entry.opcode = MD_OP_WRITE_FIXED if write else MD_OP_READ_FIXED
             entry.buf_index = <unsigned short>buffer
         entry.fd = file
-        entry.flags = MD_SQE_FIXED_FILE if registered_file else 0
+        entry.flags = flags
         entry.addr = address
         entry.len = length
         entry.off = offset
@@ -134,6 +140,8 @@ cdef class Uring:
             raise ValueError("entries of the io_uring are in flight")
         self.ring.fd = -1
         with nogil:
+            if self.pid == getpid():
+                md_uring_forget_files(&ring)
             md_uring_close(&ring)
 
 
@@ -152,6 +160,9 @@ def uring_enter(Uring uring not None, uint32_t wait, int64_t timeout):
     uring.check()
     with nogil:
         rc = md_uring_enter(&uring.ring, wait, timeout)
+    if rc == -C_EINTR:
+        PyErr_CheckSignals()
+        return 0
     return _check(rc, "io_uring_enter")
 
 
@@ -205,6 +216,8 @@ def pread(int fd, size_t address, size_t length, int64_t offset):
     cdef long rc
     with nogil:
         rc = md_pread(fd, address, length, offset)
+    if rc == -C_EINTR:
+        PyErr_CheckSignals()
     return _check(rc, "pread")
 
 
@@ -212,4 +225,6 @@ def pwrite(int fd, size_t address, size_t length, int64_t offset):
     cdef long rc
     with nogil:
         rc = md_pwrite(fd, address, length, offset)
+    if rc == -C_EINTR:
+        PyErr_CheckSignals()
     return _check(rc, "pwrite")

@@ -107,7 +107,7 @@ class Lifecycle:
 
     def __init__(self, max_access: Access) -> None:
         self.max_access = max_access
-        self.registrations = 0
+        self._registered: set[object] = set()
         self.exposed = False
         self.grantees: set[int] = set()  # user ids; who may have kept a handle
         self._state = State.PRIVATE
@@ -122,6 +122,24 @@ class Lifecycle:
     def row(self) -> Row:
         """What holds there."""
         return TABLE[self._state]
+
+    @property
+    def registrations(self) -> int:
+        """How many devices have the memory now: a ring of io_uring, or a transfer under way."""
+        return len(self._registered)
+
+    def register(self) -> object:
+        """Note that a device has the memory; the object is locked. Gives what ends it.
+
+        Not a count: it is ended by whatever thread lets go, also the collector, without a lock.
+        """
+        token = object()
+        self._registered.add(token)
+        return token
+
+    def unregister(self, token: object) -> None:
+        """Note that it has it no more; again is a no-op."""
+        self._registered.discard(token)
 
     @property
     def forked(self) -> bool:

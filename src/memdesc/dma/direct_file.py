@@ -1,0 +1,435 @@
+"""DirectFile: a file that a device reads into descriptors, and writes from them, with no copy."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import weakref
+from collections.abc import Sequence
+from typing import Self, final
+
+from memdesc.descriptors.base import MemoryDescriptor
+from memdesc.dma import rings
+from memdesc.dma.files import OpenedFile
+from memdesc.dma.loops import LoopEngine, carry_without_ring
+from memdesc.dma.rings import Engine, open_engine, run_without_ring
+from memdesc.dma.targets import Target, check_part
+from memdesc.dma.transfers import Part, Progress, Transfer, Transferred
+from memdesc.errors import ClosedError, InvalidArgument, RangeError
+from memdesc.vm.pages import check_integer, page_size
+
+Ask = tuple[MemoryDescriptor, int, int | None, int]
+"""What `read_many` is given: (descriptor, file_offset, length, offset)."""
+
+Checked = tuple[MemoryDescriptor, int, int, int]
+
+_files: weakref.WeakSet[DirectFile] = weakref.WeakSet()
+_hooked = False
+_IDLE = 4  # engines kept for the next calls
+
+
+@final
+class DirectFile:
+    """A file past the page cache: the device itself fills the pages that other tasks see.
+
+    By O_DIRECT through an io_uring of ours. Where one or the other is denied the next best way is
+    taken, and the result says which and why; the bytes are the same.
+
+    Parameters
+    ----------
+    path : str or path-like
+        A regular file or a block device.
+    mode : {"r", "r+", "w", "x"}
+        Read; read and write what is there; empty it, or make it; make it, and fail if it is there.
+    queue_depth : int
+        Requests in flight at most, for each call that waits and for each event loop: 1 to 1024.
+    block_size : int
+        Bytes of one request at most: a multiple of the page size, up to 1 GiB.
+    register : bool
+        Register descriptors with the ring, which pins their pages until they are collected or
+        closed, or the file is: each request then saves the pinning. Registered memory has its
+        snapshots copied, and is not recycled. What can not be registered is transferred all the
+        same.
+
+    Raises
+    ------
+    OSError
+        As `open` raises: FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError.
+    InvalidArgument
+        No file (a pipe, a folder), or an argument outside its range.
+
+    Notes
+    -----
+    Alignment: O_DIRECT asks for addresses and offsets that are multiples of `alignment`. Buffers
+    begin on pages, so reading at such offsets bounces nothing; edges that lie otherwise go through
+    the page cache.
+
+    Threads: safe, and beside one another; each waiting call has a ring of its own. Fork: closed
+    in the child; what is in flight goes on in the parent. Signals: handlers run; what they raise
+    cancels the transfer.
+
+    Linux: io_uring_setup, O_DIRECT, statx (STATX_DIOALIGN, 6.1). No privilege; registering counts
+    against RLIMIT_MEMLOCK. I/O Kit: IODMACommand and a storage driver's doAsyncReadWrite.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from memdesc import BufferMemoryDescriptor, dma
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> path = folder.name + "/frames"
+    >>> with BufferMemoryDescriptor(8192) as frames, dma.DirectFile(path, "w") as disk:
+    ...     frames.write_bytes(0, b"frames")
+    ...     disk.write_from(frames).nbytes
+    ...     disk.read_into(frames, length=4096, offset=4096).nbytes
+    ...     frames.read_bytes(4096, 6)
+    8192
+    4096
+    b'frames'
+    >>> folder.cleanup()
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        mode: str = "r",
+        *,
+        queue_depth: int = 32,
+        block_size: int = 1 << 20,
+        register: bool = False,
+    ) -> None:
+        self._idle: list[Engine] = []
+        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopEngine] = (
+            weakref.WeakKeyDictionary()
+        )
+        if not 1 <= check_integer(queue_depth, "queue_depth") <= 1024:
+            raise InvalidArgument(f"queue_depth is {queue_depth}: give 1 to 1024")
+        if not page_size <= check_integer(block_size, "block_size") <= 1 << 30 or (
+            block_size % page_size
+        ):
+            raise InvalidArgument(
+                f"block_size is {block_size:,}: give a multiple of {page_size:,} up to 1 GiB"
+            )
+        self.queue_depth = queue_depth
+        self.block_size = block_size
+        self._register = register
+        self.path = os.fspath(path)
+        self._file = OpenedFile(self.path, mode)
+        _watch_forks()
+        _files.add(self)
+
+    # -- what it is ------------------------------------------------------------------------------
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file, now."""
+        self._check_open()
+        return self._file.size()
+
+    @property
+    def alignment(self) -> tuple[int, int]:
+        """What O_DIRECT asks for: (of addresses, of offsets in the file), in bytes."""
+        return self._file.memory_alignment, self._file.offset_alignment
+
+    @property
+    def registrations(self) -> int:
+        """How many descriptors are registered now, in all rings of this file."""
+        engines = [*self._idle, *(known.engine for known in self._loops.values())]
+        return sum(engine.registrations for engine in engines)
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called, or this is a fork child."""
+        return self._file.closed
+
+    # -- transfers -------------------------------------------------------------------------------
+
+    def read_into(
+        self,
+        descriptor: MemoryDescriptor,
+        file_offset: int = 0,
+        length: int | None = None,
+        offset: int = 0,
+        *,
+        progress: Progress | None = None,
+    ) -> Transferred:
+        """Read from the file into a descriptor's memory; waits without the GIL.
+
+        Parameters
+        ----------
+        descriptor : MemoryDescriptor
+            Of any kind that this task may write. Kept until the kernel is done with it.
+        file_offset : int
+            Bytes, at most the file's size.
+        length : int, optional
+            Bytes; to the descriptor's end by default.
+        offset : int
+            Of the first byte in the descriptor.
+        progress : callable, optional
+            Called with (bytes done, bytes in all), in the calling thread. What it raises cancels
+            the transfer and is raised here.
+
+        Returns
+        -------
+        Transferred
+            Fewer bytes than asked for only at the end of the file. What lies behind those, up to
+            `length`, is undefined then.
+
+        Raises
+        ------
+        RangeError
+            Past the descriptor, or past the end of the file.
+        SealedError, WiringError
+            The memory is read-only in this task, or prepared for being read only.
+        TransferError
+            The device failed (EIO, …): `completed` bytes are there. Nothing is in flight any more.
+        ClosedError
+        """
+        return self._wait([(descriptor, file_offset, length, offset)], False, progress)
+
+    def write_from(
+        self,
+        descriptor: MemoryDescriptor,
+        file_offset: int = 0,
+        length: int | None = None,
+        offset: int = 0,
+        *,
+        progress: Progress | None = None,
+    ) -> Transferred:
+        """Write a descriptor's memory to the file, which grows where need be; as `read_into`.
+
+        What is on the device after that is the kernel's word only after `sync`. Two writes at a
+        time must not have edges in the same page of the file.
+
+        Raises
+        ------
+        TransferError
+            ENOSPC, EDQUOT, EFBIG, EIO: `completed` bytes were written.
+        InvalidArgument
+            The file was opened with mode "r" (EBADF).
+        """
+        return self._wait([(descriptor, file_offset, length, offset)], True, progress)
+
+    def read_many(self, asks: Sequence[Ask], *, progress: Progress | None = None) -> Transferred:
+        """Read several ranges in one submission.
+
+        Parameters
+        ----------
+        asks : sequence of tuple
+            (descriptor, file_offset, length, offset), as `read_into` takes them. They are carried
+            out in no particular order.
+        progress : callable, optional
+            As of `read_into`.
+        """
+        return self._wait(asks, False, progress)
+
+    def write_many(self, asks: Sequence[Ask], *, progress: Progress | None = None) -> Transferred:
+        """Write several ranges in one submission; as `read_many`."""
+        return self._wait(asks, True, progress)
+
+    async def read_into_async(
+        self,
+        descriptor: MemoryDescriptor,
+        file_offset: int = 0,
+        length: int | None = None,
+        offset: int = 0,
+        *,
+        progress: Progress | None = None,
+    ) -> Transferred:
+        """As `read_into`, in the running asyncio loop, without a thread.
+
+        Cancelled, it asks the kernel to give up what it has, and ends when it did: then nothing
+        touches the memory any more. A device finishes what it began.
+        """
+        return await self._await([(descriptor, file_offset, length, offset)], False, progress)
+
+    async def write_from_async(
+        self,
+        descriptor: MemoryDescriptor,
+        file_offset: int = 0,
+        length: int | None = None,
+        offset: int = 0,
+        *,
+        progress: Progress | None = None,
+    ) -> Transferred:
+        """As `write_from`, in the running asyncio loop."""
+        return await self._await([(descriptor, file_offset, length, offset)], True, progress)
+
+    async def read_many_async(
+        self, asks: Sequence[Ask], *, progress: Progress | None = None
+    ) -> Transferred:
+        """As `read_many`, in the running asyncio loop."""
+        return await self._await(asks, False, progress)
+
+    async def write_many_async(
+        self, asks: Sequence[Ask], *, progress: Progress | None = None
+    ) -> Transferred:
+        """As `write_many`, in the running asyncio loop."""
+        return await self._await(asks, True, progress)
+
+    def sync(self) -> None:
+        """Have everything that was written reach the device (fdatasync)."""
+        self._check_open()
+        self._file.sync()
+
+    # -- how they are carried --------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._file.closed:
+            raise ClosedError(f"{self.path!r} was closed, or belongs to the parent process")
+
+    def _prepare(self, asks: Sequence[Ask], writing: bool, progress: Progress | None) -> Transfer:
+        self._check_open()
+        file = self._file
+        if writing and not file.writable:
+            raise InvalidArgument(
+                f"{file.path!r} was opened for reading: say mode='r+' to write it",
+                errno=errno.EBADF,
+            )
+        checked = [check_part(*ask) for ask in asks]
+        if not writing:
+            _check_in_file(file, checked)
+        targets = _hold(checked, writes_memory=not writing)
+        parts = [
+            Part(targets[descriptor], offset, file_offset, length)
+            for descriptor, file_offset, length, offset in checked
+        ]
+        return Transfer(file, parts, writing=writing, block_size=self.block_size, progress=progress)
+
+    def _wait(self, asks: Sequence[Ask], writing: bool, progress: Progress | None) -> Transferred:
+        transfer = self._prepare(asks, writing, progress)
+        engine, why = self._take()
+        if engine is None:
+            try:
+                run_without_ring(transfer)
+                return transfer.outcome(by_ring=False, why_no_ring=why)
+            finally:
+                transfer.release()
+        try:
+            engine.run(transfer)
+        except BaseException:
+            if engine.close():  # interrupted: what it knows may be incomplete
+                transfer.release()
+            raise
+        try:
+            return transfer.outcome(by_ring=True, why_no_ring=engine.why_not_registered)
+        finally:
+            transfer.release()
+            self._give_back(engine)
+
+    async def _await(
+        self, asks: Sequence[Ask], writing: bool, progress: Progress | None
+    ) -> Transferred:
+        transfer = self._prepare(asks, writing, progress)
+        try:
+            known, why = self._engine_of_loop()
+            if known is None:
+                await carry_without_ring(transfer)
+                return transfer.outcome(by_ring=False, why_no_ring=why)
+            await known.carry(transfer)
+            return transfer.outcome(by_ring=True, why_no_ring=known.engine.why_not_registered)
+        finally:
+            if not transfer.in_flight:
+                transfer.release()
+
+    def _take(self) -> tuple[Engine | None, str]:
+        try:
+            return self._idle.pop(), ""
+        except IndexError:
+            return open_engine(self._file, self.queue_depth, registers=self._register)
+
+    def _give_back(self, engine: Engine) -> None:
+        if len(self._idle) < _IDLE:
+            self._idle.append(engine)
+            if not self._file.closed:
+                return
+        while self._idle:  # closed meanwhile, or there are enough
+            self._idle.pop().close()
+
+    def _engine_of_loop(self) -> tuple[LoopEngine | None, str]:
+        loop = asyncio.get_running_loop()
+        for other in [other for other in self._loops if other.is_closed()]:
+            self._loops.pop(other).close()
+        known = self._loops.get(loop)
+        if known is not None:
+            return known, ""
+        engine, why = open_engine(self._file, self.queue_depth, registers=self._register)
+        if engine is None:
+            return None, why
+        try:
+            known = self._loops[loop] = LoopEngine(engine)
+        except OSError as error:
+            engine.close()
+            return None, f"no eventfd for io_uring: {error.strerror}"
+        return known, ""
+
+    # -- lifetime --------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Take no more transfers, unregister everything, let go of the file. Again is a no-op.
+
+        Transfers of other threads and loops that are under way go on to their end.
+        """
+        self._file.close()
+        while self._idle:
+            self._idle.pop().close()
+        for known in list(self._loops.values()):
+            known.close()
+        self._loops.clear()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"queue depth {self.queue_depth}"
+        return f"<DirectFile {self.path!r}: {state}>"
+
+    def _forked(self) -> None:
+        self._file.forked()
+        self._idle.clear()
+        for known in list(self._loops.values()):
+            known.forked()
+        self._loops.clear()
+
+
+def _check_in_file(file: OpenedFile, asks: Sequence[Checked]) -> None:
+    size = file.size()
+    for _, file_offset, length, _ in asks:
+        if file_offset > size:
+            raise RangeError(
+                f"{length:,} bytes at offset {file_offset:,} lie behind the end of {file.path!r}, "
+                f"which has {size:,} bytes",
+                errno=errno.EINVAL,
+            )
+
+
+def _hold(asks: Sequence[Checked], *, writes_memory: bool) -> dict[MemoryDescriptor, Target]:
+    """Hold each descriptor once, from the first of its bytes that is asked for to the last."""
+    spans: dict[MemoryDescriptor, tuple[int, int]] = {}
+    for descriptor, _, length, offset in asks:
+        low, high = spans.get(descriptor, (offset, offset))
+        spans[descriptor] = min(low, offset), max(high, offset + length)
+    return {
+        descriptor: Target(descriptor, low, high - low, writes_memory=writes_memory)
+        for descriptor, (low, high) in spans.items()
+    }
+
+
+def _watch_forks() -> None:
+    global _hooked
+    if not _hooked:
+        _hooked = True
+        os.register_at_fork(after_in_child=_forked)
+
+
+def _forked() -> None:
+    rings.forked()
+    for file in list(_files):
+        file._forked()

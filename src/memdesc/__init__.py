@@ -89,6 +89,7 @@ from memdesc.errors import (
     StringTooLongError as StringTooLongError,
     TaskGoneError as TaskGoneError,
     TimedOutError as TimedOutError,
+    TransferError as TransferError,
     UnsupportedError as UnsupportedError,
     UseAfterFreeError as UseAfterFreeError,
     WiringError as WiringError,

@@ -32,6 +32,7 @@ __all__ = [
     "NotPreparedError",
     "CopyError",
     "StringTooLongError",
+    "TransferError",
     "ServiceNotFoundError",
     "NameInUseError",
     "ShareNotFoundError",
@@ -368,6 +369,34 @@ class StringTooLongError(CopyError):
             errno=errno,
         )
         self.data = data
+
+
+class TransferError(MemdescError, OSError):
+    """A device failed in a transfer, or refused a part of it (EIO, ENOSPC, EFBIG, …).
+
+    Attributes
+    ----------
+    expected, completed : int
+        Bytes asked for, and bytes before the first that was not transferred. Others may have been.
+    file_offset : int or None
+        Where the first request to fail began.
+    """
+
+    _FIELDS = ("expected", "completed", "file_offset")
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        errno: int | None = None,
+        expected: int = 0,
+        completed: int = 0,
+        file_offset: int | None = None,
+    ) -> None:
+        super().__init__(message, errno=errno)
+        self.expected = expected
+        self.completed = completed
+        self.file_offset = file_offset
 
 
 class ServiceNotFoundError(MemdescError, ConnectionError):

@@ -36,7 +36,9 @@ OFFERS_MAGIC: Final[int]
 OFFERS_OFFSETS: Final[dict[str, int]]
 RING_MAGIC: Final[int]
 RING_OFFSETS: Final[dict[str, int]]
+URING_ASYNC: Final[int]
 URING_COOP_TASKRUN: Final[int]
+URING_FIXED_FILE: Final[int]
 
 @final
 class MappedMemory:
@@ -345,7 +347,7 @@ class Uring:
         self,
         write: bool,
         file: int,
-        registered_file: bool,
+        flags: int,
         address: int,
         length: int,
         offset: int,
@@ -354,8 +356,8 @@ class Uring:
     ) -> bool:
         """Prepare a transfer between memory and a file; False where there is no room.
 
-        `file` is a descriptor or an index of the registered ones, `buffer` an index of the
-        registered buffers, or negative.
+        `file` is a descriptor, or with URING_FIXED_FILE an index of the registered ones; `buffer`
+        an index of the registered buffers, or negative.
         """
 
     def prepare_cancel(self, cancelled: int, tag: int) -> bool:
@@ -371,7 +373,10 @@ def open_uring(entries: int, completions: int, flags: int) -> Uring:
     """io_uring_setup, and the mappings. Sizes are rounded up to powers of two."""
 
 def uring_enter(uring: Uring, wait: int, timeout: int) -> int:
-    """io_uring_enter: submit, and wait for `wait` completions for `timeout` ns (negative: ever)."""
+    """io_uring_enter: submit, and wait for `wait` completions for `timeout` ns (negative: ever).
+
+    Gives how many entries were submitted. A signal ends the waiting, its handler run: 0.
+    """
 
 def uring_register_files(uring: Uring, fds: Collection[int]) -> None:
     """Register up to 64 files, once."""

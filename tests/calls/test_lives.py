@@ -6,10 +6,9 @@ import asyncio
 import concurrent.futures
 import errno
 import os
-import resource
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -438,48 +437,6 @@ def test_a_loop_that_was_closed_is_told(service: md.Service, client: md.Connecti
     asyncio.run(make())
     with pytest.raises(md.ClosedError):
         client.call("gone")
-
-
-async def _storm(connections: int) -> None:
-    limits = md.Limits(connections_per_second=None)
-    async with md.Service("storm", limits=limits) as service:
-
-        @service.method
-        async def double(number: int) -> int:
-            return 2 * number
-
-        async def one(number: int) -> int:
-            async with await md.connect_async("storm", timeout=60) as client:
-                opened.append(client)
-                if len(opened) == connections:
-                    all_open.set()
-                await all_open.wait()
-                doubled: int = await client.call_async("double", number, timeout=60)
-                return doubled
-
-        opened: list[md.Connection] = []
-        all_open = asyncio.Event()
-        answers = await asyncio.gather(*(one(number) for number in range(connections)))
-        assert answers == [2 * number for number in range(connections)]
-        while service.clients():
-            await asyncio.sleep(0.001)
-
-
-@pytest.fixture
-def many_files() -> Iterator[int]:
-    """As many descriptors as this process may have."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    yield hard
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-@pytest.mark.slow
-def test_many_connections_of_one_asyncio_program(many_files: int) -> None:
-    connections = 1000 if os.environ.get("MEMDESC_STORM") == "long" else 200
-    if many_files < 8 * connections:
-        pytest.skip(f"{connections} connections need more descriptors than {many_files}")
-    asyncio.run(_storm(connections))
 
 
 def test_a_signal_interrupts_a_waiting_call(held: Any, client: md.Connection) -> None:

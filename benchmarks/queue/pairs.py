@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import resource
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,9 +35,16 @@ def cpu_time() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def play(body: Body, cpu: int | None, parent: Any) -> None:
+def settle(cpu: int | None) -> None:
+    """Stay on a CPU, and end with the parent, also where that is killed."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     if cpu is not None:
         os.sched_setaffinity(0, {cpu})
+
+
+def play(body: Body, cpu: int | None, parent: Any) -> None:
+    settle(cpu)
     steps = body()
     for _ in range(2):  # it is ready, it is warm; so is the other
         slept = next(steps)
@@ -92,8 +101,7 @@ def beside(first: Body, second: Body, cpus: CPUs) -> tuple[Span, Span]:
 
 
 def work_for_ever(cpu: int | None) -> None:
-    if cpu is not None:
-        os.sched_setaffinity(0, {cpu})
+    settle(cpu)
     while True:
         pass
 

@@ -195,18 +195,24 @@ static inline void md_pool_unuse(struct md_pool *pool, uint32_t slot) {
         pool->free[pool->free_count++] = slot;
 }
 
-/* Slots that must be left for a line, as nobody can take them from it. */
-static inline uint64_t md_line_reserve(const struct md_line *line) {
-    if (line->state != MD_LINE_OPEN)
-        return line->state == MD_LINE_LEAVING ? line->holding : 0;
-    return line->loans + (line->policy == MD_DROP_OLDEST ? 0 : (uint64_t)line->depth);
-}
-
-static inline uint64_t md_pool_reserved(const struct md_pool *pool) {
-    uint64_t sum = 0;
-    for (uint32_t index = 0; index < pool->line_count; index++)
-        sum += md_line_reserve(pool->lines[index]);
-    return sum;
+/* Slots that nobody can take back from the subscribers, at most; with one more of that policy.
+ *
+ * What is offered by BLOCK and DISCONNECT is what was published last, the same for all of them. */
+static inline uint64_t md_pool_reserved(const struct md_pool *pool, int policy, uint32_t depth,
+                                        uint32_t loans) {
+    uint64_t sum = loans + (policy == MD_DROP_NEWEST ? depth : 0);
+    uint64_t last = policy == MD_BLOCK || policy == MD_DISCONNECT ? depth : 0;
+    for (uint32_t index = 0; index < pool->line_count; index++) {
+        const struct md_line *line = pool->lines[index];
+        if (line->state == MD_LINE_LEAVING)
+            sum += line->holding;
+        if (line->state != MD_LINE_OPEN)
+            continue;
+        sum += line->loans + (line->policy == MD_DROP_NEWEST ? (uint64_t)line->depth : 0);
+        if ((line->policy == MD_BLOCK || line->policy == MD_DISCONNECT) && line->depth > last)
+            last = line->depth;
+    }
+    return sum + last;
 }
 
 /* Take back what a line has given back since the last look. */

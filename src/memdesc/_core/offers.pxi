@@ -101,7 +101,7 @@ cdef extern from "offers.h" nogil:
     int md_offers_sleep(const md_wait *, uint64_t, uint64_t, uint64_t)
     int md_pool_begin(md_pool *, unsigned char *, size_t, uint32_t, uint32_t)
     void md_pool_clear(md_pool *)
-    uint64_t md_pool_reserved(const md_pool *)
+    uint64_t md_pool_reserved(const md_pool *, int, uint32_t, uint32_t)
     void md_pool_refresh(md_pool *)
     int md_pool_add(md_pool *, md_line *, int)
     void md_pool_remove(md_pool *, md_line *)
@@ -398,9 +398,9 @@ cdef class StreamPool:
     def _lines(self):
         return list(self.lines or ())
 
-    def _reserved(self):
-        """Slots that must be left for the subscribers."""
-        return md_pool_reserved(&self.pool)
+    def _reserved(self, int policy, uint32_t depth, uint32_t loans):
+        """Slots that must be left for the subscribers, with one more."""
+        return md_pool_reserved(&self.pool, policy, depth, loans)
 
     def _counts(self):
         """published, discarded, bytes, free slots, loaned ones, the last sequence number."""
@@ -467,6 +467,12 @@ cdef class LoanedSlot:
     cdef Window window(self, size_t nbytes):
         return Window(self.stream.memory, self.stream.first + self.index * self.stream.stride,
                       nbytes, True)
+
+    @property
+    def address(self):
+        """Of its first byte, in this task."""
+        self.loaned()
+        return self.stream.memory.address + self.stream.first + self.index * self.stream.stride
 
     @property
     def buffer(self):
@@ -712,6 +718,12 @@ cdef class TakenSlot:
         if <size_t>self.nbytes != self.taker.taker.slot_size:
             return self.array_[:self.nbytes]
         return self.array_
+
+    @property
+    def address(self):
+        """Of its first byte, in this task."""
+        self.check()
+        return self.taker.memory.address + self.taker.first + self.index * self.taker.stride
 
     @property
     def metadata(self):

@@ -59,8 +59,9 @@ class Stream(_core.StreamPool):
     nbytes : int, optional
         Or bytes, so many at most.
     slots : int
-        For the subscribers, `loans`, and the latest published one. A subscriber needs as many as
-        it may hold; with another policy than DROP_OLDEST also as many as may be offered to it.
+        For `loans`, the latest published one, and what subscribers keep: of each as many as it
+        may hold; of DROP_NEWEST also what may be offered to it; of BLOCK and DISCONNECT what may be
+        offered to one of them.
     loans : int
         Slots that may be loaned at a time.
     policies : collection of Backpressure
@@ -271,13 +272,13 @@ class Stream(_core.StreamPool):
         self._check(policy, depth, loans)
         self._refresh()
         self._tidy()
-        needed = loans if policy is Backpressure.DROP_OLDEST else loans + depth
-        room = self._room(needed)
-        if needed > room:
+        most = self.form.slots - self.loans - 1
+        needed = self._needed(CODES[policy], depth, loans, most)
+        if needed > most:
             raise AllocationError(
-                f"stream {self.name!r} of {self.form.slots} slots has room for {max(room, 0)} more "
-                f"that a subscriber keeps; this one needs {needed} (loans={loans}, depth={depth}, "
-                f"{policy.value}): make it with slots={self.form.slots + needed - room} or more",
+                f"stream {self.name!r} of {self.form.slots} slots can leave {most} to its "
+                f"subscribers; with this one (loans={loans}, depth={depth}, {policy.name}) they "
+                f"would keep up to {needed}: make it with slots={self.form.slots + needed - most}",
                 errno=errno.EDQUOT,
             )
         self._number += 1
@@ -292,13 +293,12 @@ class Stream(_core.StreamPool):
         subscriber._line = weakref.ref(line)
         return subscriber
 
-    def _room(self, needed: int) -> int:
-        """Slots that are left for one more subscriber; those of who left go if need be."""
-        most = self.form.slots - self.loans - 1
+    def _needed(self, policy: int, depth: int, loans: int, most: int) -> int:
+        """Slots that subscribers would keep with one more; those of who left go if need be."""
         for subscriber in self.subscribers():
-            if needed > most - self._reserved() and subscriber.left:
+            if subscriber.left and self._reserved(policy, depth, loans) > most:
                 subscriber.drop()
-        return most - self._reserved()
+        return self._reserved(policy, depth, loans)
 
     def _check(self, policy: Backpressure, depth: int, loans: int) -> None:
         if policy not in self.policies:

@@ -115,7 +115,7 @@ def run_sanitized(short: bool) -> int:
     print("== tests with the address sanitizer", flush=True)
     python = sanitized_python()
     if python is None:
-        return skip("the compiler has no address sanitizer")
+        return skip("Atheris, which brings the address sanitizer, is not to be had here")
     environment = {**os.environ, "MEMDESC_SCRIBBLE": "5" if short else "30"}
     tests = ["tests/queues", "tests/services", "tests/security/test_hostile_messages.py"]
     command = [python, "-P", "-m", "pytest", "--quiet", "-m", "not alone", *tests]
@@ -123,7 +123,7 @@ def run_sanitized(short: bool) -> int:
 
 
 def run_fuzz(seconds: float) -> int:
-    """Fuzz, on a core with the address sanitizer where the compiler has it."""
+    """Fuzz, on a core with the address sanitizer where that is to be had."""
     print("== fuzzing", flush=True)
     python = sanitized_python() or Path(sys.executable)
     command = [sys.executable, "tests/fuzz/fuzz.py", f"--seconds={seconds}", "--python", python]
@@ -131,29 +131,32 @@ def run_fuzz(seconds: float) -> int:
 
 
 def sanitized_python() -> Path | None:
-    """Make an interpreter whose memdesc has a core that tells of every access outside."""
+    """Make an interpreter whose memdesc has a core that tells of every access outside.
+
+    None where Atheris is not to be had: its sanitizer comes with libFuzzer, and needs to be one.
+    """
     folder = ROOT / "build" / "sanitized"
-    found = subprocess.run(
-        ["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True, check=False
-    )
-    library = found.stdout.strip()
-    if not Path(library).is_absolute():
-        return None
-    options = ["--no-deps", "--no-build-isolation", "-C", f"build-dir={folder / 'build'}"]
-    flags = {"CFLAGS": "-fsanitize=address -g", "LDFLAGS": "-fsanitize=address"}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     shutil.rmtree(folder / "dist", ignore_errors=True)
+    defines = {
+        "CMAKE_C_FLAGS": "-fsanitize=address -g",
+        "CMAKE_MODULE_LINKER_FLAGS": "-fno-sanitize=address",  # not the compiler's own
+    }
+    options = [f"--config-settings=cmake.define.{name}={value}" for name, value in defines.items()]
+    options.append(f"--config-settings=build-dir={folder / 'build'}")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-qq"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     subprocess.run(
-        [*pip, *options, "-w", folder / "dist", ROOT],
-        env={**os.environ, **flags, "PATH": path},
+        [*pip, "--no-deps", "--no-build-isolation", *options, "-w", folder / "dist", ROOT],
+        env={**os.environ, "PATH": path},
         check=True,
     )
     real = install_wheel(Path(sys.executable), folder / "venv", folder / "dist", "[cli,test,fuzz]")
+    libraries = list((folder / "venv").glob("lib/python*/site-packages/asan_with_fuzzer.so"))
+    if not libraries:
+        return None
+    # The interpreter is not compiled so: the library has to come first. CPython leaks by design.
+    settings = f"LD_PRELOAD={libraries[0]} ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc"
     python = folder / "python"
-    # The interpreter itself is not compiled so: the library has to come first. It forgets nothing
-    # on purpose, but CPython does.
-    settings = f"LD_PRELOAD={library} ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc"
     python.write_text(f'#!/bin/sh\nexec env {settings} "{real}" "$@"\n')
     python.chmod(0o755)
     return python

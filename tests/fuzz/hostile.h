@@ -106,6 +106,7 @@ static inline long hostile_futex(int op, ...) {
 #undef atomic_exchange_explicit
 #undef atomic_compare_exchange_strong_explicit
 #undef atomic_compare_exchange_weak_explicit
+#undef atomic_compare_exchange_strong
 #define atomic_load_explicit(at, order) (hostile_turn(), __atomic_load_n(at, order))
 #define atomic_store_explicit(at, value, order)                                                    \
     (hostile_turn(), __atomic_store_n(at, value, order))
@@ -115,6 +116,9 @@ static inline long hostile_futex(int op, ...) {
     (hostile_turn(), __atomic_exchange_n(at, value, order))
 #define atomic_compare_exchange_strong_explicit(at, expected, value, order, otherwise)             \
     (hostile_turn(), __atomic_compare_exchange_n(at, expected, value, 0, order, otherwise))
+#define atomic_compare_exchange_strong(at, expected, value)                                        \
+    atomic_compare_exchange_strong_explicit(at, expected, value, memory_order_seq_cst,             \
+                                            memory_order_seq_cst)
 #define atomic_compare_exchange_weak_explicit(at, expected, value, order, otherwise)               \
     (hostile_turn(), __atomic_compare_exchange_n(at, expected, value, 1, order, otherwise))
 #define syscall(number, word, op, ...) hostile_futex(op, word, __VA_ARGS__)

@@ -38,8 +38,16 @@ FLAWS = {
             ),
         ],
     ),
+    "fuzz_offers": (
+        "offers.h",
+        [
+            ("return -EPROTO; /* it holds more than was agreed */", ";"),
+            ("slot >= taker->slots || ", ""),
+            ("taken->nbytes > taker->slot_size || ", ""),
+        ],
+    ),
 }
-"""Per fuzzer: its header, and checks whose lack it has to find (the last reads a value twice)."""
+"""Per fuzzer: its header, and checks whose lack it has to find (one: a value is read twice)."""
 
 
 @pytest.fixture(autouse=True)

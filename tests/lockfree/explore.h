@@ -448,6 +448,7 @@ static void run(int number) {
 static __attribute__((unused)) int explore(const char *name, void begin(void), int count,
                                            void (*const wanted[])(void),
                                            int end_check(void)) {
+    setvbuf(stdout, NULL, _IOLBF, 0);
     memset(&world, 0, sizeof world);
     self = NULL;
     free(seen);

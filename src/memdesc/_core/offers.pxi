@@ -864,6 +864,7 @@ cdef class StreamSubscriber:
         rc = md_taker_take(&of.taker, &taken)
         if rc == 0 and self.listens and not ended:
             self._clear()
+            self.ready()  # another thread may have closed it meanwhile
             md_taker_want(&of.taker)
             ended = md_taker_ended(&of.taker) or of.taker.gone
             rc = md_taker_take(&of.taker, &taken)

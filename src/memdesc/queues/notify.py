@@ -61,4 +61,8 @@ def clear(listener: sockets.socket) -> bool:
         return True
     except ConnectionResetError:
         return False
+    except OSError:
+        if listener.fileno() >= 0:
+            raise
+        return False  # another thread has closed this end
     return True

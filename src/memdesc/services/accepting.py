@@ -232,10 +232,10 @@ class Accepting:
             most = getattr(self.limits, limit)
             if have >= most:
                 log.warning("service.full", extra={"service": self.name, "limit": limit})
-                whom = f" of task {task.pid}" if have is of_task else ""
+                whom = f" of task {task.pid}" if limit == "clients_per_task" else ""
                 return AccessDeniedError(
-                    f"service {self.name!r} takes {most:,} clients{whom} at a time, and has "
-                    f"{have:,}: close some, or let it say limits=Limits({limit}=…)",
+                    f"service {self.name!r} has as many clients{whom} as it takes at a time "
+                    f"({have:,} of {most:,}): close some, or let it say limits=Limits({limit}=…)",
                     errno=errno.EDQUOT,
                 )
         return None

@@ -16,6 +16,7 @@ import pytest
 from puppets import Puppet, Told, wait_until
 
 import memdesc as md
+from memdesc.services.calls.lent import LentMemory
 
 LARGE = 200_000
 
@@ -180,21 +181,48 @@ def test_a_call_that_waits_for_a_worker_is_withdrawn(held: Any, client: md.Conne
 def test_what_a_late_call_may_fill_is_kept_until_it_is_answered(
     service: md.Service, client: md.Connection
 ) -> None:
-    gate = threading.Event()
+    gate, begun = threading.Event(), threading.Event()
 
     @service.method
     def late() -> bytes:
+        begun.set()
         assert gate.wait(30)
         return b"answer"
 
     room = bytearray(6)
-    with pytest.raises(md.TimedOutError):
-        client.call("late", into=room, timeout=0.01)
+    while not begun.is_set():  # else it was withdrawn, and answered so
+        with pytest.raises(md.TimedOutError):
+            client.call("late", into=room, timeout=0.05)
     with pytest.raises(BufferError):
         room.append(1)  # else its memory could become somebody else's
-    assert not client._lent
     gate.set()
-    wait_until(lambda: not client._kept)
+    wait_until(lambda: client._lent.is_empty)
+    room.append(1)
+
+
+@pytest.mark.parametrize("end", ["closed", "dropped"])
+def test_what_a_late_call_may_fill_is_kept_while_the_service_lives(
+    remote: Callable[..., Any], end: str
+) -> None:
+    """Its connection is gone, and the service still at work: it stores where it was told to."""
+    one = remote(
+        "gate, begun = threading.Event(), threading.Event()",
+        "@s.method\ndef late() -> bytes: begun.set(); gate.wait(30); return b'answer'",
+    )
+    connection = md.connect("remote")
+    room = bytearray(6)
+    pending = connection.begin("late", into=room)
+    assert one.puppet.do("begun.wait(20)")
+    assert pending.cancel()
+    del pending
+    if end == "closed":
+        connection.close()
+    del connection
+    with pytest.raises(BufferError):
+        room.append(1)
+    one.puppet.do("gate.set()")
+    one.puppet.kill()
+    LentMemory().abandon(one.connection.task)  # as the next connection that ends does
     room.append(1)
 
 

@@ -6,6 +6,7 @@
 * `workers`   the threads and the event loop that handlers run in
 * `running`   one call on the service's side, from its arrival to its answer
 * `serving`   what a service and its user clients have of it
+* `lent`      a client's private memory while calls use it
 * `pending`   one call on the client's side, as a future
 * `calling`   what a connection has of it
 """

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import functools
 import socket as sockets
+import weakref
+from collections.abc import Callable
 from typing import Any, Self
 
 from memdesc.errors import (
@@ -16,18 +18,14 @@ from memdesc.errors import (
 from memdesc.handover import discard
 from memdesc.services import protocol
 from memdesc.services.calls.incoming import Form, Incoming, count_files, decoding
+from memdesc.services.calls.lent import LentMemory
 from memdesc.services.calls.outgoing import Outgoing
 from memdesc.services.calls.pending import PendingCall
 from memdesc.services.copier import read_own, write_own
 from memdesc.services.limits import Limits
 from memdesc.services.link import Link
 from memdesc.services.protocol.calls import Lent
-from memdesc.vm.pages import Direction
 from memdesc.vm.task import Task
-
-_orphans: list[tuple[Task, list[object]]] = []
-"""Memory that a service may still be filling, whose connection ended first: it must not become
-anything else as long as that task lives."""
 
 
 class CallsTo(Link):
@@ -38,9 +36,9 @@ class CallsTo(Link):
     ) -> None:
         super().__init__(name, sock, task, limits, allow_copy=allow_copy)
         self._service_copies = False
-        self._lent: dict[int, list[Lent]] = {}  # by call: what the service may copy through us
-        self._kept: dict[int, list[object]] = {}  # by call: what must stay until it is answered
-        self._filled: set[int] = set()  # calls whose memory the service may store to
+        self._lent = LentMemory()
+        self._no_lent = weakref.finalize(self, self._lent.abandon, task)
+        self._no_lent.atexit = False
 
     # -- the face --------------------------------------------------------------------------------
 
@@ -108,16 +106,16 @@ class CallsTo(Link):
         message, outgoing = self._prepared(method, arguments, into, named)
         number = message.id
         try:
-            self._hold(number, outgoing)
+            self._lent.hold(number, outgoing)
             answer, fds = self.request(
-                message, protocol.Returned, outgoing.fds, timeout, lambda _: self._let_go(number)
+                message, protocol.Returned, outgoing.fds, timeout, self._when_late(number)
             )
-        except BaseException as error:
-            self._give_back(number, error)
+        except BaseException:
+            self._call_failed(number)
             raise
         finally:
             outgoing.close()
-        self._let_go(number)
+        self._lent.let_go(number)
         return _read(self.task, form, answer, fds)
 
     def begin(
@@ -146,14 +144,14 @@ class CallsTo(Link):
         number = message.id
         pending = PendingCall(self, number, read)
         try:
-            self._hold(number, outgoing)
-            pending.add_done_callback(_Release(self, number))
+            self._lent.hold(number, outgoing)
+            pending.add_done_callback(_Release(self._lent, number))
             self._expect(number, pending)
             self._ask(message, outgoing.fds)
         except BaseException:
             pending._connection = None
             self._forget(number)
-            self._let_go(number)
+            self._lent.let_go(number)
             raise
         finally:
             outgoing.close()
@@ -215,50 +213,25 @@ class CallsTo(Link):
         memory = tuple(outgoing.memory)
         return protocol.Call(self.next_id(), method, record, memory, place, target), outgoing
 
-    def _hold(self, number: int, outgoing: Outgoing) -> None:
-        if not outgoing.kept:
-            return
-        with self._lock:
-            self._lent[number] = outgoing.lent
-            self._kept[number] = outgoing.kept
-            if any(Direction(one.direction).writes_memory for one in outgoing.lent):
-                self._filled.add(number)
+    def _when_late(self, number: int) -> Callable[[Any], None]:
+        """What is done with an answer for which nobody waits: a call's memory is let go."""
+        lent = self._lent  # not this connection, which may be dropped meanwhile
+        return lambda _: lent.let_go(number)
 
-    def _let_go(self, number: int) -> None:
-        """Note that a call is answered: the service uses its memory no longer."""
-        if number in self._kept:
-            with self._lock:
-                self._lent.pop(number, None)
-                self._kept.pop(number, None)
-                self._filled.discard(number)
-
-    def _give_back(self, number: int, error: BaseException) -> None:
-        """End what a call that failed may use; what the service may still fill is kept."""
+    def _call_failed(self, number: int) -> None:
+        """Tell the service where nobody waits for its answer any more."""
+        self._lent.revoke(number)
         with self._lock:
-            self._lent.pop(number, None)
             waits = number in self._late
         if waits:
             self._send_if_there(protocol.Cancel(number))
         elif self._gone is None:
-            self._let_go(number)
-        else:
-            self._bereave()
+            self._lent.let_go(number)  # it was answered, or never sent
 
     def _cancel_call(self, number: int) -> None:
         """Wait for an answer no longer, and tell the service."""
-        if self._give_up(number, lambda _: self._let_go(number)):
-            self._give_back(number, MemdescError("cancelled"))
-
-    def _may_copy(self, address: int, nbytes: int, *, fill: bool) -> bool:
-        """Whether a range was lent to the service, in that direction, by a call in flight."""
-        wanted = (Direction.IN, Direction.OUT_IN) if fill else (Direction.OUT, Direction.OUT_IN)
-        return any(
-            one.address <= address
-            and address + nbytes <= one.address + one.length
-            and Direction(one.direction) in wanted
-            for ranges in self._lent.values()
-            for one in ranges
-        )
+        if self._give_up(number, self._when_late(number)):
+            self._call_failed(number)
 
     # -- on the I/O thread -----------------------------------------------------------------------
 
@@ -266,50 +239,40 @@ class CallsTo(Link):
         if isinstance(message, protocol.Welcome):
             self._service_copies = message.copies
             super()._handle(message, fds, lost)
-        elif isinstance(message, protocol.ReadMemory | protocol.WriteMemory) and self._lent:
+        elif isinstance(message, protocol.ReadMemory | protocol.WriteMemory):
             self._copy_lent(message)
         else:
             super()._handle(message, fds, lost)
 
     def _copy_lent(self, message: protocol.ReadMemory | protocol.WriteMemory) -> None:
-        """Copy for the service; under the lock, so that nothing that ended is touched."""
-        with self._lock:
-            if isinstance(message, protocol.ReadMemory):
-                may = self._may_copy(message.address, message.nbytes, fill=False)
-                allowed = may or self.allow_copy
-                self._answer(message.id, lambda: read_own(message, allowed=allowed))
-            else:
-                may = self._may_copy(message.address, len(message.data), fill=True)
-                allowed = may or self.allow_copy
+        """Copy for the service what it was lent."""
+        fill = isinstance(message, protocol.WriteMemory)
+        nbytes = len(message.data) if isinstance(message, protocol.WriteMemory) else message.nbytes
+
+        def work(lent: bool) -> None:
+            allowed = lent or self.allow_copy
+            if isinstance(message, protocol.WriteMemory):
                 self._answer(message.id, lambda: write_own(message, allowed=allowed))
+            else:
+                self._answer(message.id, lambda: read_own(message, allowed=allowed))
+
+        self._lent.copy(message.address, nbytes, fill=fill, work=work)
 
     def _ended(self, why: MemdescError) -> None:
         super()._ended(why)
-        self._bereave()
-
-    def _bereave(self) -> None:
-        """After the end: keep what the service may still be filling, if it lives."""
-        with self._lock:
-            orphans = [self._kept[number] for number in self._filled]
-            self._kept.clear()
-            self._lent.clear()
-            self._filled.clear()
-        _orphans[:] = [one for one in _orphans if one[0].alive]
-        if self.task.alive:
-            _orphans.extend((self.task, one) for one in orphans)
+        self._no_lent()
 
 
 class _Release:
     """Lets a call's memory go when its future is done. Cancelled, it is not: that waits."""
 
-    def __init__(self, connection: CallsTo, number: int) -> None:
-        self._connection: CallsTo | None = connection
+    def __init__(self, lent: LentMemory, number: int) -> None:
+        self._lent = lent
         self._number = number
 
-    def __call__(self, future: Any) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None and not future.cancelled() and connection._gone is None:
-            connection._let_go(self._number)
+    def __call__(self, pending: Any) -> None:
+        if pending.answer is not None:  # of no answer the connection's end says what becomes of it
+            self._lent.let_go(self._number)
 
 
 @functools.lru_cache(maxsize=256)

@@ -25,6 +25,7 @@
 #include <sched.h>
 #include <stdarg.h>
 #include <stdatomic.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -59,7 +60,6 @@ struct thread {
     int drains;               /* it waits until the buffer is empty */
     int done, count;
     struct store stores[STORES];
-    unsigned char stack[STACK] __attribute__((aligned(64)));
 };
 
 static struct world {
@@ -68,6 +68,7 @@ static struct world {
     struct thread threads[THREADS];
     int count; /* threads */
     char failure[160];
+    unsigned char stacks[THREADS][STACK] __attribute__((aligned(64)));
 } world;
 
 static ucontext_t explorer;
@@ -281,6 +282,20 @@ static uint64_t mix(uint64_t hash, const void *data, size_t length) {
     return hash;
 }
 
+/* Bytes of a thread's stack that hold nothing; a multiple of 8. */
+static size_t dead_stack(const struct world *of, int i) {
+    const struct thread *it = &of->threads[i];
+    return it->done ? STACK : (it->live - (uintptr_t)world.stacks[i]) & ~(size_t)7;
+}
+
+static void copy_world(struct world *to, const struct world *from) {
+    memcpy(to, from, offsetof(struct world, stacks));
+    for (int i = 0; i < from->count; i++) {
+        size_t dead = dead_stack(from, i);
+        memcpy(to->stacks[i] + dead, from->stacks[i] + dead, STACK - dead);
+    }
+}
+
 static uint64_t hash_world(void) {
     uint64_t hash = mix(1, world.shared, SHARED);
     hash = mix(hash, world.private, PRIVATE);
@@ -293,8 +308,8 @@ static uint64_t hash_world(void) {
         if (it->done)
             continue;
         hash = mix(hash, &it->context.uc_mcontext, sizeof it->context.uc_mcontext);
-        uintptr_t end = (uintptr_t)it->stack + STACK, from = it->live & ~(uintptr_t)7;
-        hash = mix(hash, (void *)from, end - from);
+        size_t dead = dead_stack(&world, i);
+        hash = mix(hash, world.stacks[i] + dead, STACK - dead);
     }
     return hash ? hash : 1;
 }
@@ -399,12 +414,12 @@ static int search(int end_check(void)) {
     int depth = 0;
     if (path[0] == NULL && (path[0] = malloc(sizeof *path[0])) == NULL)
         exit(3);
-    path[0]->before = world;
+    copy_world(&path[0]->before, &world);
     path[0]->choice = -1;
     is_new(hash_world());
     while (depth >= 0) {
         struct frame *here = path[depth];
-        world = here->before;
+        copy_world(&world, &here->before);
         int any = here->choice >= 0;
         do
             here->choice++;
@@ -432,7 +447,7 @@ static int search(int end_check(void)) {
         if (depth == DEEPEST || (path[depth] == NULL &&
                                  (path[depth] = malloc(sizeof *path[depth])) == NULL))
             exit(3);
-        path[depth]->before = world;
+        copy_world(&path[depth]->before, &world);
         path[depth]->choice = -1;
     }
     return 0;
@@ -460,10 +475,10 @@ static __attribute__((unused)) int explore(const char *name, void begin(void), i
     for (int i = 0; i < count; i++) {
         struct thread *it = &world.threads[i];
         getcontext(&it->context);
-        it->context.uc_stack.ss_sp = it->stack;
+        it->context.uc_stack.ss_sp = world.stacks[i];
         it->context.uc_stack.ss_size = STACK;
         makecontext(&it->context, (void (*)(void))run, 1, i);
-        it->live = (uintptr_t)it->stack + STACK - 512;
+        it->live = (uintptr_t)world.stacks[i] + STACK - 512;
         it->where = name;
         it->what = "start";
     }

@@ -301,10 +301,13 @@ def test_a_handlers_call_after_close_is_answered_by_the_end(held: Any) -> None:
 
 def test_calls_in_a_fork_child_are_refused(held: Any, client: md.Connection) -> None:
     assert client.call("pid") == os.getpid()
+    pending = client.begin("wait")
     child = os.fork()
     if child == 0:
         status = 1
         try:
+            with pytest.raises(md.ClosedError):
+                pending.result()
             for method in (client.call, client.begin):
                 try:
                     method("pid")
@@ -317,6 +320,8 @@ def test_calls_in_a_fork_child_are_refused(held: Any, client: md.Connection) -> 
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    held.gate.set()
+    assert pending.result(20) == 0
     assert client.call("pid") == os.getpid()
 
 
@@ -375,10 +380,25 @@ def test_no_thread_for_a_method_is_an_error(
 
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", start)
+        for method in ("pid", "sleep"):
+            with pytest.raises(md.AllocationError) as caught:
+                client.call(method)
+            assert caught.value.errno == errno.EAGAIN
+    assert (client.call("pid"), client.call("soon", 3)) == (os.getpid(), 3)
+
+
+def test_no_descriptor_for_an_event_loop_is_an_error(
+    held: Any, client: md.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left() -> None:
+        raise OSError(errno.EMFILE, "epoll_create1: Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(asyncio, "new_event_loop", none_left)
         with pytest.raises(md.AllocationError) as caught:
-            client.call("pid")
-        assert caught.value.errno == errno.EAGAIN
-    assert client.call("pid") == os.getpid()
+            client.call("soon", 3)
+        assert caught.value.errno == errno.EMFILE
+    assert client.call("soon", 3) == 3
 
 
 def test_workers_are_as_many_as_asked_for() -> None:

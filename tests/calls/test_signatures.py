@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import logging
 import threading
 from typing import Any
@@ -137,6 +138,8 @@ def test_bound_methods_and_callables_are_methods_too(
     service.method(store.get)
     service.method(store, name="call")
     assert (client.call("get", "a"), client.call("call", "a")) == ("aa", "aaa")
+    service.method(functools.partial(store.get, "b"), name="partly")
+    assert client.call("partly") == "bb"
     service.method(lambda: None, name="get")  # replaces it; a lambda of no arguments fits
     assert client.call("get") is None
 

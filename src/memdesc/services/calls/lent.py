@@ -8,11 +8,11 @@ connection is gone. Else it would store into whatever that memory became.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from memdesc.services.protocol.calls import Lent
+from memdesc.vm.forks import lock_for
 from memdesc.vm.pages import Direction
 from memdesc.vm.task import Task
 
@@ -30,8 +30,8 @@ class LentMemory:
     """The books of one connection, by the number of the call."""
 
     def __init__(self) -> None:
-        # Reentrant: the collector may end a connection at any moment.
-        self._lock = threading.RLock()
+        # Reentrant, as the collector may end a connection at any moment.
+        self._lock = lock_for(self)
         self._lent: dict[int, list[Lent]] = {}
         self._kept: dict[int, list[object]] = {}
         self._filled: set[int] = set()

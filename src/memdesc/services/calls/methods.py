@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import inspect
 import sys
 import typing
@@ -61,8 +62,10 @@ class Method:
             getattr(function, "__name__", "") if name is None else name, "a method"
         )
         self.function = function
-        called = function if inspect.isroutine(function) else type(function).__call__
+        called = _what_runs(function)
         self.is_async = inspect.iscoroutinefunction(called)
+        if self.is_async:
+            import asyncio  # noqa: F401 (not later, on the I/O thread, which others wait for)
         self.loop = running_loop() if self.is_async else None
         self._caller: str | None = None
         self._positional: list[_Parameter] = []
@@ -164,6 +167,13 @@ class Method:
         if self._caller is not None:
             values[self._caller] = client
         return first, values
+
+
+def _what_runs(function: Handler) -> Any:
+    """Give the function behind a callable: it has the annotations."""
+    if isinstance(function, functools.partial):
+        return _what_runs(function.func)
+    return function if inspect.isroutine(function) else type(function).__call__
 
 
 def running_loop() -> AbstractEventLoop | None:

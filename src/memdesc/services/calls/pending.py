@@ -67,6 +67,7 @@ class PendingCall(Future[Any]):
 
     def result(self, timeout: float | None = None) -> Any:
         """Give what the method returned, waiting for it; raises what it raised."""
+        self._check_connected()
         super().result(timeout)
         value, error = self._outcome()
         if error is not None:
@@ -75,8 +76,15 @@ class PendingCall(Future[Any]):
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Give what the call raised, or None, waiting for it."""
+        self._check_connected()
         error = super().exception(timeout)
         return error if error is not None else self._outcome()[1]
+
+    def _check_connected(self) -> None:
+        """Raise where no answer can come: in a fork child nobody would tell."""
+        connection = self._connection
+        if connection is not None and connection.closed and self.answer is None:
+            raise connection._gone_again()
 
     def _outcome(self) -> tuple[Any, BaseException | None]:
         """Decode the answer, once."""

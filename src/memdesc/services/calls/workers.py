@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from memdesc.errors import AllocationError, ClosedError, InvalidArgument
+from memdesc.services.failures import no_descriptor
 from memdesc.vm.pages import check_integer
 
 if TYPE_CHECKING:
@@ -74,14 +75,10 @@ class Workers:
     def _add_worker(self) -> None:
         try:
             self._start(self._work, f"memdesc-worker-{self._workers}")
-        except RuntimeError as error:
-            if not self._workers:  # else those that there are do it
-                raise AllocationError(
-                    f"no thread can be started for a method: {error}; raise `ulimit -u`",
-                    errno=errno.EAGAIN,
-                ) from error
-        else:
             self._workers += 1
+        except AllocationError:
+            if not self._workers:  # else those that there are do it
+                raise
 
     def withdraw(self, whose: object, job: Job) -> bool:
         """Take a job back that has not begun; False where it has."""
@@ -96,14 +93,29 @@ class Workers:
             return True
 
     def event_loop(self) -> AbstractEventLoop:
-        """Give the loop that runs in a thread of its own; started when first asked for."""
+        """Give the loop that runs in a thread of its own; started when first asked for.
+
+        Raises
+        ------
+        ClosedError
+        AllocationError
+            No descriptor or thread is left for it (EMFILE, EAGAIN).
+        """
         import asyncio
 
         with self._lock:
             self._check_open()
             if self._events is None:
-                self._events = asyncio.new_event_loop()
-                self._start(_run_events, "memdesc-async", self._events)
+                try:
+                    events = asyncio.new_event_loop()
+                except OSError as error:
+                    raise no_descriptor("start an event loop for async methods", error) from error
+                try:
+                    self._start(_run_events, "memdesc-async", events)
+                except BaseException:
+                    events.close()
+                    raise
+                self._events = events
             return self._events
 
     def _check_open(self) -> None:
@@ -112,7 +124,13 @@ class Workers:
 
     def _start(self, target: Callable[..., None], name: str, *arguments: object) -> None:
         thread = threading.Thread(target=target, name=name, args=arguments, daemon=True)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise AllocationError(
+                f"no thread can be started for methods: {error}; raise `ulimit -u`",
+                errno=errno.EAGAIN,
+            ) from error
         self._threads.append(thread)
 
     def _work(self) -> None:

@@ -510,3 +510,28 @@ def test_a_call_of_a_puppet_that_fails_tells_no_stack(remote: Callable[..., Any]
     with pytest.raises(Told) as told:
         one.puppet.do("md.connect('remote').call('nope')")
     assert told.value.kind == "MethodNotFoundError"
+
+
+def test_a_reconnecting_client_calls_the_next_service(held: Any, client: md.Connection) -> None:
+    with md.connect("calls", reconnect=True) as connection:
+        assert connection.call("pid") == os.getpid()
+        waiting = connection.begin("sleep")
+        wait_until(lambda: held.begun)
+        held.service.close()
+        assert isinstance(waiting.exception(20), md.PeerGoneError)
+        with md.Service("calls") as following:
+            following.method(lambda: "next", name="pid")
+            assert connection.call("pid") == "next"
+            assert connection.begin("pid").result(20) == "next"
+            assert asyncio.run(connection.call_async("pid")) == "next"
+
+
+def test_connecting_from_asyncio_takes_all_that_connect_does(service: md.Service) -> None:
+    service.method(lambda: 1, name="one")
+
+    async def main() -> None:
+        async with await md.connect_async("calls", reconnect=True, timeout=20) as connection:
+            assert await connection.call_async("one") == 1
+            assert connection.generation == 1  # type: ignore[attr-defined]
+
+    asyncio.run(main())

@@ -19,6 +19,7 @@ from memdesc.descriptors.buffer import BufferMemoryDescriptor
 from memdesc.errors import (
     AllocationError,
     ClosedError,
+    MemdescError,
     ProtocolError,
     ShareNotFoundError,
     TimedOutError,
@@ -264,6 +265,13 @@ class ClientQueues(Generic[_End]):
                 del self._slots[slot.client]
             with contextlib.suppress(ValueError):  # the program has seen it
                 self._unseen.remove(slot.client)
+
+    def _failed(self, slot: Slot[_End], error: MemdescError) -> None:
+        """Know that a client has ended its queue, or writes nonsense into it."""
+        if isinstance(error, ProtocolError):
+            self._corrupt(slot, str(error))
+        else:
+            self._retire(slot)
 
     def _corrupt(self, slot: Slot[_End], why: str) -> None:
         """Drop a client that does with its queue what none may do."""

@@ -16,6 +16,7 @@ from memdesc.descriptors.buffer import BufferMemoryDescriptor
 from memdesc.errors import (
     ClosedError,
     InvalidArgument,
+    MemdescError,
     PeerGoneError,
     ProtocolError,
     TimedOutError,
@@ -123,14 +124,26 @@ class ClientConsumers(ClientQueues[Consumer], Incoming["tuple[UserClient, bytes]
             None came in time (ETIMEDOUT).
         ClosedError
         """
-        until = deadline_of(timeout)
-        while (found := self.try_get()) is None:
-            self._wait(until, timeout)
+        found = self.try_get()
+        if found is None:
+            until = deadline_of(timeout)
+            while (found := self.try_get()) is None:
+                self._wait(until, timeout)
         return found
 
     def try_get(self) -> tuple[UserClient, bytes] | None:
         """Take the next entry of any client, or give None where there is none now."""
-        found = self._take(1)
+        with self._taking:
+            if 0 < self._taken < _TURN - 1 and not self._closed:  # in mid turn: nothing to look for
+                slot = self._ready[0]
+                try:
+                    entry = slot.end.try_dequeue() if slot.left is None else None
+                except MemdescError:
+                    entry = None  # and below it comes once more
+                if entry is not None:
+                    self._taken += 1
+                    return cast("tuple[UserClient, bytes]", (slot.client, entry))
+            found = self._take(1)
         return found[0] if found else None
 
     def get_many(
@@ -210,11 +223,8 @@ class ClientConsumers(ClientQueues[Consumer], Incoming["tuple[UserClient, bytes]
             return []
         try:
             entries = slot.end._take_many(most)
-        except (PeerGoneError, ClosedError):
-            self._retire(slot)
-            return []
-        except ProtocolError as error:
-            self._corrupt(slot, str(error))
+        except (PeerGoneError, ClosedError, ProtocolError) as error:
+            self._failed(slot, error)
             return []
         if slot.left is not None:
             slot.left -= sum(entry_extent(len(entry)) for entry in entries)

@@ -93,8 +93,9 @@ class ClientProducers(ClientQueues[Producer]):
             It is larger than `largest` (EMSGSIZE).
         InvalidArgument, ClosedError
         """
-        with bytes_of(data) as view:
-            return self._put([view])
+        self._check([memoryview(data) if isinstance(data, bytes) else bytes_of(data)])
+        with self._putting:
+            return sum([self._offer_one(slot, data) for slot in list(self._slots.values())])
 
     def put_many(self, entries: Iterable[Buffer]) -> int:
         """Offer entries to every client, in order, as many as fit into its queue. Never waits.
@@ -109,9 +110,12 @@ class ClientProducers(ClientQueues[Producer]):
         RangeError, InvalidArgument, ClosedError
             As `put`; none of them was offered.
         """
-        return self._put([bytes_of(entry) for entry in entries])
+        views = [bytes_of(entry) for entry in entries]
+        self._check(views)
+        with self._putting:
+            return sum([self._offer(slot, views) for slot in list(self._slots.values())])
 
-    def _put(self, entries: list[memoryview]) -> int:
+    def _check(self, entries: list[memoryview]) -> None:
         self._check_open()
         for entry in entries:
             if entry.nbytes > self.largest:
@@ -121,17 +125,22 @@ class ClientProducers(ClientQueues[Producer]):
                     "descriptor",
                     errno=errno.EMSGSIZE,
                 )
-        with self._putting:
-            return sum(self._offer(slot, entries) for slot in list(self._slots.values()))
+
+    def _offer_one(self, slot: Slot[Producer], data: Buffer) -> bool:
+        try:
+            if slot.end.try_enqueue(data):
+                return True
+        except (PeerGoneError, ClosedError, ProtocolError) as error:
+            self._failed(slot, error)
+            return False
+        slot.dropped += 1
+        return False
 
     def _offer(self, slot: Slot[Producer], entries: list[memoryview]) -> bool:
         try:
             done = slot.end._put_many(entries, 0)
-        except (PeerGoneError, ClosedError):
-            self._retire(slot)
-            return False
-        except ProtocolError as error:
-            self._corrupt(slot, str(error))
+        except (PeerGoneError, ClosedError, ProtocolError) as error:
+            self._failed(slot, error)
             return False
         slot.dropped += len(entries) - done
         return done == len(entries)

@@ -11,14 +11,14 @@ import pytest
 
 import memdesc
 from memdesc import errors
-from memdesc.errors import MappingReason, MemdescError, WiringReason
+from memdesc.errors import MappingReason, MemdescError, SegmentReason, WiringReason
 
 CLASSES = [
     item
     for name in errors.__all__
     if isinstance(item := getattr(errors, name), type) and issubclass(item, MemdescError)
 ]
-REASONS = [MappingReason, WiringReason]
+REASONS = [MappingReason, WiringReason, SegmentReason]
 MESSAGE = "cannot wire 1,048,576 bytes: RLIMIT_MEMLOCK is 65,536 (mlock: ENOMEM); raise it"
 
 # One value for each field that any class has beside its message and errno.
@@ -42,6 +42,7 @@ FIELDS = {
 def fields_of(kind: type[MemdescError]) -> dict[str, object]:
     names = set(inspect.signature(kind).parameters) - {"message", "errno"}
     reasons = {"MappingError": MappingReason.ZONE_MEMORY, "WiringError": WiringReason.LIMIT}
+    reasons["SegmentError"] = SegmentReason.MOVED
     return {name: FIELDS[name] if name in FIELDS else reasons[kind.__name__] for name in names}
 
 

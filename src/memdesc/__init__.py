@@ -16,6 +16,7 @@ Where to begin; `help(memdesc.Service)` and so on tells more:
 * `send_descriptor`, `receive_descriptor`          over a Unix socket of your own
 * `create_data_queue`, `Producer`, `Consumer`      a queue of entries in shared memory
 * `dma.DirectFile`                 reads and writes descriptors past the page cache
+* `dma.DMACommand`                 pins memory for a device, and tells where it physically lies
 * `recycler`                       what is kept of freed buffers for the next ones
 * `Access`, `Direction`, `PageKind`, `Contents`    words for arguments
 * `MemdescError`                   the root of all errors; `MappingReason`, `WiringReason`
@@ -84,6 +85,8 @@ from memdesc.errors import (
     RangeError as RangeError,
     RemoteError as RemoteError,
     SealedError as SealedError,
+    SegmentError as SegmentError,
+    SegmentReason as SegmentReason,
     ServiceNotFoundError as ServiceNotFoundError,
     ShareNotFoundError as ShareNotFoundError,
     StringTooLongError as StringTooLongError,
@@ -137,11 +140,11 @@ if TYPE_CHECKING:
     from memdesc.services.connection import Connection as Connection, connect as connect
     from memdesc.services.events import Event as Event, Events as Events
     from memdesc.services.limits import Limits as Limits
-    from memdesc.services.reconnect import ReconnectingConnection as ReconnectingConnection
     from memdesc.services.queues import (
         ClientConsumers as ClientConsumers,
         ClientProducers as ClientProducers,
     )
+    from memdesc.services.reconnect import ReconnectingConnection as ReconnectingConnection
     from memdesc.services.service import Service as Service
     from memdesc.services.user_client import UserClient as UserClient
     from memdesc.streams import (

@@ -33,6 +33,8 @@ __all__ = [
     "CopyError",
     "StringTooLongError",
     "TransferError",
+    "SegmentError",
+    "SegmentReason",
     "ServiceNotFoundError",
     "NameInUseError",
     "ShareNotFoundError",
@@ -369,6 +371,42 @@ class StringTooLongError(CopyError):
             errno=errno,
         )
         self.data = data
+
+
+class SegmentReason(Enum):
+    """Why memory can not be laid out for a device."""
+
+    ADDRESS_BITS = "it lies above the addresses that the device can reach"
+    ALIGNMENT = "it does not begin where the device's alignment asks for"
+    LENGTH_ALIGNMENT = "its length is no multiple of what the device asks for"
+    MOVED = "its pages are no longer those that were pinned"
+
+
+class SegmentError(MemdescError, ValueError):
+    """A physical segment of a `DMACommand` does not meet its specification.
+
+    Attributes
+    ----------
+    reason : SegmentReason
+    offset, address : int
+        Of the segment: in the transfer, and in physical memory.
+    """
+
+    _FIELDS = ("reason", "offset", "address")
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: SegmentReason,
+        errno: int | None = None,
+        offset: int = 0,
+        address: int = 0,
+    ) -> None:
+        super().__init__(message, errno=errno)
+        self.reason = reason
+        self.offset = offset
+        self.address = address
 
 
 class TransferError(MemdescError, OSError):

@@ -22,6 +22,7 @@ from memdesc.descriptors.mappable import Mappable
 from memdesc.errors import InvalidArgument, NotPreparedError, SealedError, WiringError, WiringReason
 from memdesc.mapping import check_range, view_as_array
 from memdesc.vm.pages import Direction, page_size, page_span
+from memdesc.vm.physical import PhysicalSegment, physical_runs
 from memdesc.vm.task import Task
 
 if TYPE_CHECKING:
@@ -301,6 +302,35 @@ class MemoryDescriptor(Mappable):
             yield self
         finally:
             self.complete()
+
+    def physical_segments(
+        self, offset: int = 0, length: int | None = None
+    ) -> list[PhysicalSegment]:
+        """Tell where prepared memory physically lies: (address, length), merged into runs.
+
+        They hold while nobody moves the pages: wired memory is not paged out, but the kernel may
+        move it to other frames. For a device pin it: `memdesc.dma.DMACommand`.
+
+        Raises
+        ------
+        NotPreparedError
+            It is not prepared.
+        NotPrivilegedError
+            This process is not shown page frames (EPERM).
+
+        Notes
+        -----
+        Linux: /proc/self/pagemap, CAP_SYS_ADMIN. I/O Kit: getPhysicalSegment.
+        """
+        self._check_open()
+        offset, length = check_range(offset, length, self.length, "the descriptor")
+        if not self._prepared:
+            raise NotPreparedError(
+                f"{self.name!r} is not prepared, so its pages lie anywhere or nowhere: prepare() "
+                "it first, or use a DMACommand"
+            )
+        address = _core.buffer_address(memoryview(self))[0]
+        return physical_runs([(address + offset, length)]) if length else []
 
     def _unwire(self) -> None:
         undo, self._undo_wiring = self._undo_wiring, _nothing

@@ -11,11 +11,12 @@ from __future__ import annotations
 import errno
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from memdesc.errors import InvalidArgument, NotPrivilegedError
+from memdesc import _core
+from memdesc.errors import InvalidArgument, NotPreparedError, NotPrivilegedError
 from memdesc.vm.pages import page_size, page_span
 from memdesc.vm.regions import Region, check_range, find_holes, regions_in
 from memdesc.vm.task import Task
@@ -127,6 +128,59 @@ def _frames_of(entries: array[int], task: Task) -> list[int | None]:
             errno=errno.EPERM,
         )
     return found
+
+
+class PhysicalSegment(NamedTuple):
+    """Bytes that lie one after the other in physical memory."""
+
+    address: int
+    length: int
+
+
+def physical_runs(spans: Iterable[tuple[int, int]]) -> list[PhysicalSegment]:
+    """Give where ranges of this task, one after the other, physically lie: in merged runs.
+
+    Parameters
+    ----------
+    spans : iterable of (address, length)
+        Of memory that is in memory; the page table is filled first, which wired memory needs after
+        it was mapped.
+
+    Linux: as `frames`, and MADV_POPULATE_READ.
+
+    Raises
+    ------
+    NotPreparedError
+        A page is not in memory, and so lies nowhere.
+    NotPrivilegedError
+        The kernel shows zeros for frames (EPERM): no CAP_SYS_ADMIN.
+    """
+    runs: list[PhysicalSegment] = []
+    with Task.current() as task:
+        for address, length in spans:
+            start, whole = page_span(address, length)
+            _core.madvise(start, whole, _core.MADV_POPULATE_READ)
+            found = frames(task, address, length)
+            if None in found:
+                raise NotPreparedError(
+                    f"page {found.index(None)} of {length:,} bytes at {address:#x} is not in "
+                    "memory, so it has no physical address: prepare() the descriptor first"
+                )
+            _join(runs, found, address - start, length)
+    return runs
+
+
+def _join(runs: list[PhysicalSegment], found: list[int | None], skip: int, length: int) -> None:
+    """Put the pages of a range behind the runs, `skip` bytes into the first of them."""
+    for frame in found:
+        assert frame is not None
+        nbytes = min(page_size - skip, length)
+        address = frame * page_size + skip
+        if runs and runs[-1].address + runs[-1].length == address:
+            runs[-1] = PhysicalSegment(runs[-1].address, runs[-1].length + nbytes)
+        else:
+            runs.append(PhysicalSegment(address, nbytes))
+        length, skip = length - nbytes, 0
 
 
 def resident_pages(task: Task, address: int, length: int) -> int:

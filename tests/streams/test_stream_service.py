@@ -234,6 +234,22 @@ def test_a_client_that_is_thrown_out_keeps_nothing(service: md.Service, stream: 
         slot.release()
 
 
+def test_a_client_that_corrupts_its_line_is_dropped(service: md.Service, stream: Stream) -> None:
+    with md.connect("camera") as connection, connection.subscribe("video") as video:
+        good = md.connect("camera")
+        other = good.subscribe("video")
+        publish(stream, 1)
+        stream.subscribers()[0].memory.write_bytes(64, b"\xff" * 8)
+        publish(stream, 2)
+        until(lambda: connection.closed)
+        assert taken(other) == [1, 2]
+        with pytest.raises(md.ProtocolError):
+            video.take(LIMIT)
+        assert service.clients() == [service.clients()[-1]]
+        other.close()
+        good.close()
+
+
 def test_a_service_that_ends_closes_its_streams() -> None:
     with md.Service("short") as service:
         stream = service.stream("video", nbytes=1)

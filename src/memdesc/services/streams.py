@@ -23,10 +23,9 @@ from memdesc.services import protocol
 from memdesc.services.accepting import Accepted, Accepting, Allow, allows
 from memdesc.services.limits import Limits
 from memdesc.services.link import Link
-from memdesc.services.loop import Loop
 from memdesc.services.queues.parts import socket_of
 from memdesc.streams import Backpressure, Stream, StreamForm, Subscriber, Subscription
-from memdesc.streams.subscriber import HARMLESS
+from memdesc.streams.subscriber import BROKE, HARMLESS
 from memdesc.vm.task import Task
 
 if TYPE_CHECKING:
@@ -178,7 +177,7 @@ class StreamingClient(Accepted):
             ) from error
         ours, theirs = notification_pair()
         with theirs:
-            lease = _Lease(self._loop, ours)
+            lease = _Lease(self, ours, request.name)
             try:
                 subscriber = stream.admit(
                     policy,
@@ -242,7 +241,7 @@ class StreamingClient(Accepted):
         subscribers, self._subscribers = self._subscribers, []
         # What a client that ended the connection still looks at stays as it is, until it has no
         # more of it, or somebody else needs the room. One that was thrown out keeps nothing.
-        left = isinstance(why, PeerGoneError) and self.task.alive
+        left = isinstance(why, PeerGoneError) and why.errno == errno.ECONNRESET
         for _, subscriber, lease in subscribers:
             if left:
                 subscriber.leave()
@@ -254,8 +253,8 @@ class StreamingClient(Accepted):
 class _Lease:
     """The service's end of a subscription's socket: when the other end goes, all comes back."""
 
-    def __init__(self, io: Loop, socket: sockets.socket) -> None:
-        self._loop = io
+    def __init__(self, client: StreamingClient, socket: sockets.socket, name: str) -> None:
+        self._loop, self._client, self._name = client._loop, weakref.ref(client), name
         self._socket: sockets.socket | None = socket
         self.subscriber: Subscriber | None = None
         socket.setblocking(False)
@@ -271,9 +270,12 @@ class _Lease:
         if self.subscriber is not None:
             self.subscriber.drop()
 
-    def ended(self, _: str) -> None:
+    def ended(self, why: str) -> None:
         """Know that the stream has done with the subscriber. On any thread."""
         self._loop.post(self._close)
+        client = self._client()
+        if why == BROKE and client is not None:
+            client._drop(f"of stream {self._name[:80]!r} it {why}")
 
     def forked(self) -> None:
         """In a fork child: without a word to the loop, which is the parent's."""

@@ -23,6 +23,7 @@ from memdesc.streams.ends import INHERITED, encode, register, time_left, timed_o
 from memdesc.streams.layout import HEADER, form_of
 from memdesc.streams.subscriber import (
     CODES,
+    FAULTS,
     HARMLESS,
     REASONS,
     Backpressure,
@@ -335,7 +336,7 @@ class Stream(_core.StreamPool):
         for line in self._gone():
             subscriber: Subscriber = line.subscriber
             reason = line.state()[1]
-            (log.info if reason == 1 else log.warning)(
+            (log.warning if reason in FAULTS else log.info)(
                 "stream.subscriber_gone",
                 extra={
                     "stream": self.name,

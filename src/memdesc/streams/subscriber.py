@@ -47,6 +47,9 @@ REASONS = {
     3: "wrote what can not be, or held too many slots",
     4: "was dropped",
 }
+FAULTS = (2, 3)
+"""Those that are the subscriber's."""
+BROKE = REASONS[3]
 
 
 @dataclass(frozen=True, slots=True)

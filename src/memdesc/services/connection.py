@@ -112,19 +112,25 @@ def connect(
     """
     limits = Limits(mappings=4096) if limits is None else check_limits(limits)
     if not reconnect:
-        return _connect(name, timeout, limits, allow_copy=allow_copy)
+        return reach(name, timeout, limits, allow_copy=allow_copy)
     from memdesc.services.reconnect import ReconnectingConnection
 
-    return ReconnectingConnection(
-        lambda: _connect(name, timeout, limits, allow_copy=allow_copy), name
-    )
+    return ReconnectingConnection(lambda: reach(name, timeout, limits, allow_copy=allow_copy), name)
 
 
-def _connect(name: str, timeout: float | None, limits: Limits, *, allow_copy: bool) -> Connection:
+def reach(
+    name: str,
+    timeout: float | None,
+    limits: Limits,
+    *,
+    allow_copy: bool = False,
+    appears: bool = True,
+) -> Connection:
+    """Connect; where the service need not appear any more, without waiting for that."""
     until = None if timeout is None else time.monotonic() + timeout
     folder.open_folder(name)
     while True:
-        sock = _reach(name, until, timeout)
+        sock = _reach(name, until, timeout, appears=appears)
         with contextlib.suppress(TaskGoneError):
             connection = _greeted(name, sock, until, limits, allow_copy=allow_copy)
             if not connection.moved:
@@ -156,7 +162,9 @@ def _greeted(
     return connection
 
 
-def _reach(name: str, until: float | None, timeout: float | None) -> sockets.socket:
+def _reach(
+    name: str, until: float | None, timeout: float | None, *, appears: bool
+) -> sockets.socket:
     """Connect a socket, trying again while no one listens."""
     path = folder.socket_path(name)
     pause = 0.002
@@ -167,8 +175,10 @@ def _reach(name: str, until: float | None, timeout: float | None) -> sockets.soc
             return sock
         except (FileNotFoundError, ConnectionRefusedError, BlockingIOError) as error:
             sock.close()
-            if until is not None and time.monotonic() + pause > until:
-                if isinstance(error, BlockingIOError):
+            full = isinstance(error, BlockingIOError)
+            over = until is not None and time.monotonic() + pause > until
+            if over or not (full or appears):
+                if full:
                     raise TimedOutError(
                         f"service {name!r} took no connection within {timeout} s: its queue of "
                         "those who wait is full (stopped?)",

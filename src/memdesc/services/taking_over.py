@@ -21,7 +21,8 @@ from memdesc.errors import (
 )
 from memdesc.handover import discard, unpack
 from memdesc.services import folder, protocol
-from memdesc.services.connection import Connection, connect
+from memdesc.services.connection import Connection, reach
+from memdesc.services.limits import Limits
 from memdesc.services.succession import PATIENCE
 
 
@@ -60,7 +61,8 @@ def inherit(name: str, *, for_all: bool) -> Inheritance:
 
 
 def _take_over(name: str, for_all: bool, until: float) -> Inheritance:
-    with connect(name, timeout=max(until - time.monotonic(), 0.05)) as old:
+    timeout = max(until - time.monotonic(), 0.05)
+    with reach(name, timeout, Limits(), appears=False) as old:
         user = old.task.credentials.uid
         if user != os.geteuid():
             raise AccessDeniedError(

@@ -232,6 +232,8 @@ def test_private_memory_is_lent_by_its_address(kernel: md.Service, client: md.Co
     assert caught.value.errno == errno.EFAULT
     with pytest.raises(md.InvalidArgument):
         client.call("fill", lent(b"constant", md.Direction.IN), 1)  # type: ignore[arg-type]
+    with pytest.raises(md.InvalidArgument):
+        client.call("read", lent(text, md.Direction.NONE))
 
 
 def test_what_is_lent_from_a_descriptor_is_that(kernel: md.Service, client: md.Connection) -> None:

@@ -216,6 +216,11 @@ class Outgoing:
         return self._add_lent(_core.buffer_address(view)[0], view.nbytes, direction)
 
     def _add_lent(self, address: int, length: int, direction: Direction) -> int:
+        if direction is Direction.NONE:
+            raise InvalidArgument(
+                f"{length:,} bytes of direction NONE can not be lent: say IN, OUT or OUT_IN",
+                errno=errno.EINVAL,
+            )
         lent = Lent(address, length, direction.value)
         self.lent.append(lent)
         return self._add(lent)

@@ -67,7 +67,9 @@ class PendingCall(Future[Any]):
 
     def result(self, timeout: float | None = None) -> Any:
         """Give what the method returned, waiting for it; raises what it raised."""
-        self._check_connected()
+        end = self._end_of_connection()
+        if end is not None:
+            raise end
         super().result(timeout)
         value, error = self._outcome()
         if error is not None:
@@ -76,15 +78,15 @@ class PendingCall(Future[Any]):
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Give what the call raised, or None, waiting for it."""
-        self._check_connected()
-        error = super().exception(timeout)
+        error = self._end_of_connection() or super().exception(timeout)
         return error if error is not None else self._outcome()[1]
 
-    def _check_connected(self) -> None:
-        """Raise where no answer can come: in a fork child nobody would tell."""
+    def _end_of_connection(self) -> BaseException | None:
+        """Why no answer can come, if that is so: in a fork child nobody would tell."""
         connection = self._connection
         if connection is not None and connection.closed and self.answer is None:
-            raise connection._gone_again()
+            return connection._gone_again()
+        return None
 
     def _outcome(self) -> tuple[Any, BaseException | None]:
         """Decode the answer, once."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from children import in_child
 from puppets import Puppet, Told, wait_until
 
 import memdesc as md
@@ -302,24 +303,17 @@ def test_a_handlers_call_after_close_is_answered_by_the_end(held: Any) -> None:
 def test_calls_in_a_fork_child_are_refused(held: Any, client: md.Connection) -> None:
     assert client.call("pid") == os.getpid()
     pending = client.begin("wait")
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
+
+    def refused() -> int:
+        asked = 0
+        for ask in (lambda: client.call("pid"), lambda: client.begin("pid"), pending.result):
             with pytest.raises(md.ClosedError):
-                pending.result()
-            for method in (client.call, client.begin):
-                try:
-                    method("pid")
-                except md.ClosedError:
-                    continue
-                break
-            else:
-                held.service.close()
-                status = 0
-        finally:
-            os._exit(status)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+                ask()
+            asked += 1
+        held.service.close()
+        return asked
+
+    assert in_child(refused) == 3
     held.gate.set()
     assert pending.result(20) == 0
     assert client.call("pid") == os.getpid()

@@ -71,6 +71,7 @@ def specification(**what: int | None) -> DMASpecification:
     return made
 
 
+@pytest.mark.slow
 @given(RUNS, st.data())
 def test_segments_are_the_bytes_one_by_one(pages: list[int], data: st.DataObject) -> None:
     skip = data.draw(st.integers(0, len(pages) * PAGE - 1))

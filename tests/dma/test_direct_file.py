@@ -65,6 +65,7 @@ CASES = st.tuples(
 )
 
 
+@pytest.mark.slow
 @settings(
     max_examples=100,
     deadline=None,

@@ -357,6 +357,7 @@ def test_past_the_limit_on_locked_memory_it_goes_on_unregistered(tmp_path: Path)
     assert "RLIMIT_MEMLOCK" in why
 
 
+@pytest.mark.slow
 def test_the_frames_that_the_disk_wrote_are_those_that_another_process_reads(
     tmp_path: Path,
 ) -> None:

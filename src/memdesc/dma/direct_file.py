@@ -14,15 +14,10 @@ from memdesc.dma import rings
 from memdesc.dma.files import OpenedFile
 from memdesc.dma.loops import LoopEngine, carry_without_ring
 from memdesc.dma.rings import Engine, open_engine, run_without_ring
-from memdesc.dma.targets import Target, check_part
+from memdesc.dma.targets import Ask, Checked, check_asks, hold
 from memdesc.dma.transfers import Part, Progress, Transfer, Transferred
 from memdesc.errors import ClosedError, InvalidArgument, RangeError
 from memdesc.vm.pages import check_integer, page_size
-
-Ask = tuple[MemoryDescriptor, int, int | None, int]
-"""What `read_many` is given: (descriptor, file_offset, length, offset)."""
-
-Checked = tuple[MemoryDescriptor, int, int, int]
 
 _files: weakref.WeakSet[DirectFile] = weakref.WeakSet()
 _hooked = False
@@ -286,10 +281,10 @@ class DirectFile:
                 f"{file.path!r} was opened for reading: say mode='r+' to write it",
                 errno=errno.EBADF,
             )
-        checked = [check_part(*ask) for ask in asks]
+        checked = check_asks(asks)
         if not writing:
             _check_in_file(file, checked)
-        targets = _hold(checked, writes_memory=not writing)
+        targets = hold(checked, writes_memory=not writing)
         parts = [
             Part(targets[descriptor], offset, file_offset, length)
             for descriptor, file_offset, length, offset in checked
@@ -400,26 +395,12 @@ class DirectFile:
 
 
 def _check_in_file(file: OpenedFile, asks: Sequence[Checked]) -> None:
-    size = file.size()
-    for _, file_offset, length, _ in asks:
-        if file_offset > size:
-            raise RangeError(
-                f"{length:,} bytes at offset {file_offset:,} lie behind the end of {file.path!r}, "
-                f"which has {size:,} bytes",
-                errno=errno.EINVAL,
-            )
-
-
-def _hold(asks: Sequence[Checked], *, writes_memory: bool) -> dict[MemoryDescriptor, Target]:
-    """Hold each descriptor once, from the first of its bytes that is asked for to the last."""
-    spans: dict[MemoryDescriptor, tuple[int, int]] = {}
-    for descriptor, _, length, offset in asks:
-        low, high = spans.get(descriptor, (offset, offset))
-        spans[descriptor] = min(low, offset), max(high, offset + length)
-    return {
-        descriptor: Target(descriptor, low, high - low, writes_memory=writes_memory)
-        for descriptor, (low, high) in spans.items()
-    }
+    size, last = file.size(), max((ask[1] for ask in asks), default=0)
+    if last > size:
+        raise RangeError(
+            f"offset {last:,} lies behind the end of {file.path!r}, which has {size:,} bytes",
+            errno=errno.EINVAL,
+        )
 
 
 def _watch_forks() -> None:

@@ -68,19 +68,16 @@ class Transferred:
     reasons: tuple[str, ...]
 
 
-@dataclass(slots=True)
 class Part:
     """A range of memory and one of the file. `end`: how far in the file it got, so far as known."""
 
-    target: Target
-    offset: int
-    file_offset: int
-    length: int
-    end: int = 0
-    missing: int = 0
+    __slots__ = ("end", "file_offset", "missing", "offset", "target")
 
-    def __post_init__(self) -> None:
-        self.end = self.missing = self.file_offset + self.length
+    def __init__(self, target: Target, offset: int, file_offset: int, length: int) -> None:
+        self.target = target
+        self.offset = offset
+        self.file_offset = file_offset
+        self.end = self.missing = file_offset + length
 
 
 class Request(NamedTuple):
@@ -133,10 +130,7 @@ class Transfer:
         self._again: deque[Request] = deque()
         file.use()
         self._size = file.size()
-        if not writing:
-            self._stop_at_end_of_file()
-        known = self._size if self._size and not writing else MAX_LENGTH
-        self.total = sum(max(min(part.end, known) - part.file_offset, 0) for part in parts)
+        self.total = self._total()
         self._alignment = file.offset_alignment
         if writing:
             self._alignment = max(self._alignment, page_size)
@@ -147,18 +141,32 @@ class Transfer:
             stages = [True, False] if writing else [None]
         self._stages = deque(self._cut_all(stage) for stage in stages)
 
-    def _stop_at_end_of_file(self) -> None:
-        """Ask for no block that lies behind the end of the file: one that is empty has no end."""
-        last = round_page(self._size, self.file.offset_alignment)
+    def _total(self) -> int:
+        """Count what is to be done. No block is read behind the end of the file.
+
+        A file of 0 bytes may be one that the kernel makes up, and have some all the same.
+        """
+        size = MAX_LENGTH if self.writing or not self._size else self._size
+        last = size if size == MAX_LENGTH else round_page(size, self.file.offset_alignment)
+        total = 0
         for part in self.parts:
-            if self._size:
-                part.end = part.missing = max(min(part.end, last), part.file_offset)
+            start, end = part.file_offset, part.end
+            if end > size:
+                part.end = part.missing = max(min(end, last), start)
+                end = max(min(end, size), start)
+            total += end - start
+        return total
 
     # -- cutting ---------------------------------------------------------------------------------
 
     def _cut_all(self, stage: bool | None) -> Iterator[Request]:
         """Give the requests, in order; of those to be direct or not only one kind, if told so."""
         for part in self.parts:
+            whole = self._whole(part)
+            if whole is not None:
+                if stage is not False:
+                    yield whole
+                continue
             at = part.file_offset
             for piece, address, nbytes in part.target.spans(part.offset, part.end - at):
                 for direct, start, length in self._cut(address, nbytes, at):
@@ -167,6 +175,19 @@ class Transfer:
                             part, piece, direct, address + start, length, at + start
                         )
                 at += nbytes
+
+    def _whole(self, part: Part) -> Request | None:
+        """Give the one request that a small aligned part is: many such are asked for at once."""
+        pieces, at = part.target.pieces, part.file_offset
+        nbytes = part.end - at
+        if len(pieces) != 1 or not 0 < nbytes <= self.block_size or self.file.direct < 0:
+            return None
+        piece = pieces[0]
+        address = piece.address + part.offset - piece.start
+        if (at | nbytes) % self._alignment or address % self.file.memory_alignment:
+            return None
+        slot = piece.slot(address, nbytes) if piece.slots else -1
+        return Request(part, True, address, nbytes, at, slot)
 
     def _cut(self, address: int, nbytes: int, at: int) -> Iterator[tuple[bool, int, int]]:
         """Cut a range into head, middle and tail: (direct, start, bytes)."""

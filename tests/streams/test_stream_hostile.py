@@ -235,6 +235,18 @@ def test_memory_that_is_none_of_a_stream() -> None:
             subscribe(stream, seat)
 
 
+def test_a_pool_without_pages_is_not_filled_at_the_subscribers_cost() -> None:
+    form = layout.StreamForm(SLOTS, 1 << 20)
+    with (
+        md.BufferMemoryDescriptor(form.pool_bytes, lazy=True, pages=md.PageKind.BASE) as pool,
+        new() as stream,
+    ):
+        seat = stream.admit()
+        with pytest.raises(md.ProtocolError, match="pages"):
+            md.Subscription(pool, seat.memory, form, seat.depth, seat.loans)
+        assert pool.page_counts().resident == 0
+
+
 def test_a_subscriber_touches_its_own_line_alone() -> None:
     """A subscriber has the pool and its own line; what others take is none of its business."""
     with new() as stream:

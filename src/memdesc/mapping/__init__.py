@@ -26,6 +26,7 @@ from memdesc.mapping.place import (
     Extent as Extent,
     Placement as Placement,
     explained as explained,
+    has_hole as has_hole,
     map_extents as map_extents,
     part_of as part_of,
 )

@@ -265,3 +265,12 @@ def _why(error: OSError, placement: Placement) -> tuple[MappingReason, str]:
 def _is_forbidden(address: int | None) -> bool:
     """Whether an address is among the lowest, which are for CAP_SYS_RAWIO alone."""
     return address is not None and address < int(_LOWEST.read_text())
+
+
+def has_hole(extent: Extent) -> bool:
+    """Whether a page was never touched. Never of huge pages: a mapping takes those beforehand."""
+    fd = extent.object.open(Access.READ_ONLY)
+    try:
+        return os.lseek(fd, extent.offset, os.SEEK_HOLE) < extent.offset + extent.length
+    finally:
+        os.close(fd)

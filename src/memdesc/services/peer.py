@@ -38,6 +38,7 @@ from memdesc.mapping import (
     Placement,
     RemoteMemoryMap,
     add_carrier,
+    has_hole,
     map_extents,
     remove_carrier,
 )
@@ -435,7 +436,7 @@ class _Ended:
 def _check_allocated(extents: Sequence[Extent]) -> None:
     """Refuse to fault in pages that their owner has not paid for: they would be charged to us."""
     for extent in extents:
-        if _has_hole(extent):
+        if has_hole(extent):
             raise MappingError(
                 f"prefault of {extent.length:,} bytes in task {os.getpid()}, of which their owner "
                 "has not touched all: touch them there first",
@@ -447,17 +448,8 @@ def _check_allocated(extents: Sequence[Extent]) -> None:
 def _allocate(extents: Sequence[Extent]) -> None:
     """Allocate the pages of memory that is to be faulted in at the other side."""
     for extent in extents:
-        if _has_hole(extent):
+        if has_hole(extent):
             map_extents([extent], Access.READ_ONLY, Placement(prefault=True))
-
-
-def _has_hole(extent: Extent) -> bool:
-    """Whether a page was never touched. Never of huge pages: a mapping takes those beforehand."""
-    fd = extent.object.open(Access.READ_ONLY)
-    try:
-        return os.lseek(fd, extent.offset, os.SEEK_HOLE) < extent.offset + extent.length
-    finally:
-        os.close(fd)
 
 
 def _memory_size() -> int:

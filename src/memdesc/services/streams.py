@@ -90,29 +90,38 @@ class Streaming(Accepting):
         42
         """
         protocol.check_name(name, "a stream")
+        self._check_new(name)
+        # Not with the lock, for which the I/O thread would wait: this can take a second.
+        stream = Stream(
+            shape=shape,
+            dtype=dtype,
+            nbytes=nbytes,
+            slots=slots,
+            loans=loans,
+            policies=policies,
+            wired=wired,
+            pages=pages,
+        )
+        stream.name = name
+        try:
+            with self._lock:
+                self._check_new(name)
+                self._streams[name] = stream, allow
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    def _check_new(self, name: str) -> None:
         with self._lock:
             self._check_open()
             known = self._streams.get(name)
-            if known is not None and not known[0].closed:
-                raise InvalidArgument(
-                    f"service {self.name!r} has a stream {name!r}: close it first, or give another "
-                    "name",
-                    errno=errno.EEXIST,
-                )
-            stream = Stream(
-                shape=shape,
-                dtype=dtype,
-                nbytes=nbytes,
-                slots=slots,
-                loans=loans,
-                policies=policies,
-                wired=wired,
-                pages=pages,
-                name="stream",
+        if known is not None and not known[0].closed:
+            raise InvalidArgument(
+                f"service {self.name!r} has a stream {name!r}: close it first, or give another "
+                "name",
+                errno=errno.EEXIST,
             )
-            stream.name = name
-            self._streams[name] = stream, allow
-        return stream
 
     def streams(self) -> dict[str, Stream]:
         """Give the streams by their names."""
@@ -267,11 +276,14 @@ class _Lease:
     def _ready(self, _: int) -> None:
         """Drop it: it is gone, or sends what it must not."""
         self._close()
-        if self.subscriber is not None:
-            self.subscriber.drop()
+        # The loop holds on to what it called last: not to the subscriber too.
+        subscriber, self.subscriber = self.subscriber, None
+        if subscriber is not None:
+            subscriber.drop()
 
     def ended(self, why: str) -> None:
         """Know that the stream has done with the subscriber. On any thread."""
+        self.subscriber = None
         self._loop.post(self._close)
         client = self._client()
         if why == BROKE and client is not None:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from memdesc import _core
 from memdesc.descriptors.base import MemoryDescriptor
 from memdesc.errors import ClosedError, InvalidArgument, ProtocolError, RangeError, TimedOutError
+from memdesc.mapping import has_hole
 from memdesc.streams.layout import METADATA_LIMIT
 from memdesc.vm.pages import Access
 
@@ -51,6 +52,11 @@ def window_of(descriptor: MemoryDescriptor, access: Access, nbytes: int) -> _cor
         raise ProtocolError(
             f"{descriptor.name!r} has {descriptor.length:,} bytes; a stream of its form takes "
             f"{nbytes:,}",
+            errno=errno.EPROTO,
+        )
+    if any(has_hole(extent) for extent in descriptor._extents(0, nbytes, access)):
+        raise ProtocolError(
+            f"not all pages of {descriptor.name!r} are there: who made them is to pay for them",
             errno=errno.EPROTO,
         )
     mapping = descriptor.map(access=access, length=nbytes, unique=True, prefault=True)

@@ -401,6 +401,28 @@ def test_no_thread_for_it(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
     wait_until(lambda: memfds_mapped("self", "queue") == 0)
 
 
+def test_an_answer_that_comes_too_late_leaves_nothing(both: Both) -> None:
+    service, connection = both
+    samples = service.queue("samples", capacity=SIZE)
+    gate = threading.Event()
+    service._errands.add(lambda: gate.wait(SOON) and None)
+    before = count_fds()
+    assert refusal(lambda: connection.queue("samples", timeout=0.02)) == (
+        "TimedOutError",
+        errno.ETIMEDOUT,
+    )
+    gate.set()
+    samples.wait_client(SOON)
+    wait_until(lambda: next(iter(samples._slots.values())).is_over)
+    with connection.queue("samples") as consumer:
+        assert samples.put(b"on") == 1
+        assert consumer.dequeue(SOON) == b"on"
+    assert samples.put(b"") == 0
+    service._errands.finish()
+    del consumer
+    wait_until(lambda: count_fds() <= before)
+
+
 def test_an_orderly_end_lets_the_clients_finish(both: Both) -> None:
     service, connection = both
     samples = service.queue("samples", capacity=SIZE)

@@ -1,6 +1,6 @@
-// A client of a memdesc service in C: maps what is shared under a name, and prints its checksum.
+// A client of a memdesc service in C: maps what is shared under names, and prints the checksums.
 //
-//     c_client SERVICE SHARE
+//     c_client SERVICE SHARE...
 //
 // Made of docs/protocol.md and the C library alone. What comes from the service is believed no
 // more than it believes its clients: each value is checked before it is used.
@@ -406,7 +406,7 @@ static int connect_to(const char *name, struct message *message)
 
 static void open_share(int sock, const char *name, struct message *message)
 {
-    uint64_t id = 0;
+    static uint64_t id;
     for (double until = now() + PATIENCE;; usleep(10000)) {
         struct writer out = {.length = 0};
         put_map(&out, 3);
@@ -496,12 +496,14 @@ static void print_share(const char *name, struct message *message)
 int main(int count, char **arguments)
 {
     static struct message message;
-    if (count != 3)
-        fail("usage: c_client SERVICE SHARE");
+    if (count < 3)
+        fail("usage: c_client SERVICE SHARE...");
     int sock = connect_to(arguments[1], &message);
-    open_share(sock, arguments[2], &message);
-    print_share(arguments[2], &message);
-    close_fds(&message);
+    for (int i = 2; i < count; i++) {
+        open_share(sock, arguments[i], &message);
+        print_share(arguments[i], &message);
+        close_fds(&message);
+    }
     close(sock);
     return 0;
 }

@@ -16,10 +16,10 @@ parts = md.MultiMemoryDescriptor(
 )
 
 with md.Service("c-client") as service:
+    client = service.wait_client(timeout=30)
     service.share("frame", frame, shape=pixels.shape, dtype=pixels.dtype)
     service.share("parts", parts)
-    for _ in range(2):
-        service.wait_client(timeout=30).task.wait(timeout=30)
+    client.task.wait(timeout=30)
 
 print(f"driver: frame has the checksum {zlib.adler32(frame):08x}")
 print(f"driver: parts have the checksum {zlib.adler32(parts.read_bytes()):08x}")

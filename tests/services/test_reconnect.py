@@ -74,6 +74,7 @@ def test_who_waits_is_told_at_once_and_mappings_stay(puppet):
         threads = [threading.Thread(target=wait) for _ in range(3)]
         for thread in threads:
             thread.start()
+        wait_until(lambda: len(connection._current._arrived._waiters) == 3)
         one.kill()
         for thread in threads:
             thread.join(30)

@@ -10,11 +10,15 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import msgspec
 import pytest
 from stream_tools import ALL, LIMIT, finish, kill, publish, start, taken
 
 import memdesc as md
+from memdesc.services import protocol
+from memdesc.services.streams import StreamingClient
 from memdesc.streams import Stream
 
 
@@ -250,6 +254,53 @@ def test_a_client_that_corrupts_its_line_is_dropped(service: md.Service, stream:
         good.close()
 
 
+def lies() -> dict[str, Callable[[protocol.Subscribed, list[int]], protocol.Subscribed]]:
+    """What a service may answer that is not so."""
+
+    def says(**changes: Any) -> Callable[[protocol.Subscribed, list[int]], protocol.Subscribed]:
+        return lambda answer, fds: msgspec.structs.replace(answer, **changes)
+
+    def fewer(answer: protocol.Subscribed, fds: list[int]) -> protocol.Subscribed:
+        os.close(fds.pop())
+        return answer
+
+    def swapped(answer: protocol.Subscribed, fds: list[int]) -> protocol.Subscribed:
+        fds.reverse()
+        return msgspec.structs.replace(answer, pool=answer.line, line=answer.pool)
+
+    return {
+        "more slots": says(slots=4000),
+        "slots without end": says(slots=1 << 62),
+        "no slots": says(slots=0),
+        "larger slots": says(nbytes=1 << 20),
+        "an array of another size": says(shape=(3,), dtype="<f8"),
+        "objects": says(shape=(8,), dtype="O"),
+        "no dtype": says(shape=(8,), dtype="what?"),
+        "a shape alone": says(shape=(64,)),
+        "a descriptor less": fewer,
+        "the one for the other": swapped,
+    }
+
+
+@pytest.mark.parametrize("lie", lies())
+def test_a_service_that_lies(stream: Stream, lie: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = StreamingClient._answer_of
+
+    def answer_of(*arguments: Any) -> tuple[protocol.Subscribed, list[int]]:
+        answer, fds = honest(*arguments)
+        return lies()[lie](answer, fds), fds
+
+    monkeypatch.setattr(StreamingClient, "_answer_of", answer_of)
+    with md.connect("camera") as connection:
+        with pytest.raises((md.ProtocolError, md.SealedError, md.MappingError)):
+            connection.subscribe("video")
+        monkeypatch.undo()
+        with connection.subscribe("video") as video:
+            publish(stream, 1)
+            assert taken(video) == [1]
+    until(lambda: stream.subscribers() == [])
+
+
 def test_a_service_that_ends_closes_its_streams() -> None:
     with md.Service("short") as service:
         stream = service.stream("video", nbytes=1)
@@ -293,8 +344,10 @@ def test_async_timeouts_cancellation_and_close(stream: Stream) -> None:
     async def main() -> None:
         with md.connect("camera") as connection:
             video = connection.subscribe("video")
-            with pytest.raises(TimeoutError):
-                await video.take_async(0.01)
+            for timeout, number in ((0.01, errno.ETIMEDOUT), (0, errno.EAGAIN)):
+                with pytest.raises(md.TimedOutError) as caught:
+                    await video.take_async(timeout)
+                assert caught.value.errno == number
             task = asyncio.ensure_future(video.take_async())
             await asyncio.sleep(0.01)
             task.cancel()

@@ -253,9 +253,16 @@ class Subscription(_core.StreamSubscriber):
     async def take_async(self, timeout: float | None = None) -> _core.TakenSlot:
         """As `take`, for asyncio; cancelling it loses nothing."""
         fd = self.fileno()
-        async with asyncio.timeout(timeout):
-            while (slot := self.try_take()) is None:
-                await self._readable(fd)
+        waiting = asyncio.timeout(timeout)
+        try:
+            async with waiting:
+                while (slot := self.try_take()) is None:
+                    await self._readable(fd)
+        except TimeoutError as error:
+            if not waiting.expired():
+                raise
+            what = f"stream {self.name!r}: nothing was published"
+            raise timed_out(timeout, what) from error
         return slot
 
     async def __aiter__(self) -> AsyncIterator[_core.TakenSlot]:

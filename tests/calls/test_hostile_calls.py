@@ -20,7 +20,15 @@ from memdesc import _core
 from memdesc.handover import close_all, receive_once
 from memdesc.portable import Portable
 from memdesc.services import protocol
-from memdesc.services.protocol.calls import EXT_ARRAY, EXT_BYTES, EXT_DESCRIPTOR, Given, Lent
+from memdesc.services.calls.workers import Workers
+from memdesc.services.protocol.calls import (
+    EXT_ARRAY,
+    EXT_BYTES,
+    EXT_DESCRIPTOR,
+    EXT_VIEW,
+    Given,
+    Lent,
+)
 
 PAGE = md.page_size
 encode = msgspec.msgpack.encode
@@ -175,6 +183,63 @@ def test_memory_that_is_not_what_it_is_said_to_be(stranger: Stranger) -> None:
     assert answer.error == "MappingError"
 
 
+@pytest.mark.parametrize("code", [EXT_BYTES, EXT_VIEW, EXT_ARRAY])
+def test_memory_that_is_named_again_and_again_is_there_once(
+    service: md.Service, stranger: Stranger, code: int
+) -> None:
+    """A reference takes three bytes of a record, what it names a hundred MB, perhaps."""
+    places: list[set[int]] = []
+
+    @service.method
+    def where(x: object) -> None:
+        assert isinstance(x, list)
+        places.append({_core.buffer_address(one)[0] for one in x})
+
+    name = Ext(code, encode(("u1", (PAGE,), 0) if code == EXT_ARRAY else 0))
+    room = bytearray(PAGE)
+    lent = Lent(_core.buffer_address(room)[0], PAGE, 2)
+    with sealed() as fd:
+        stranger.call([name] * 1000, method="where", memory=(given(),), fds=[fd])
+    stranger.call([name] * 1000, method="where", memory=(lent,))
+    assert [len(one) for one in places] == [1, 1]
+
+
+def test_ranges_beside_the_calls_in_flight_are_bounded(
+    service: md.Service, stranger: Stranger
+) -> None:
+    """Each is a mapping, of which a task has about 65,530."""
+    gate = threading.Event()
+
+    @service.method
+    def hold(x: memoryview) -> None:
+        assert gate.wait(30)
+
+    many = given(pieces=((0, 0, PAGE),) * 4096)
+    view = Ext(EXT_VIEW, encode(0))
+    with sealed() as fd:
+        record = msgspec.Raw(encode(((view,), {})))
+        stranger.say(protocol.Call(1, "hold", record, (many,)), [fd])
+        answer = stranger.call(view, id=2, memory=(given(),), fds=[fd])
+        assert (answer.error, answer.errno) == ("LimitError", errno.EDQUOT)
+        gate.set()
+        assert isinstance(stranger.hear(), protocol.Returned)
+        assert isinstance(stranger.call(view, memory=(given(),), fds=[fd]), protocol.Returned)
+
+
+def test_memory_that_nobody_paid_for_is_not_copied(stranger: Stranger) -> None:
+    """A sparse file costs its owner nothing; copied, it would be this task's end."""
+    view = Ext(EXT_BYTES, encode(0))
+    physical = os.sysconf("SC_PHYS_PAGES") * PAGE
+    for size, error in ((physical, "AllocationError"), (1 << 45, "LimitError")):
+        with sealed(size) as fd:
+            answer = stranger.call(view, method="text", memory=(given(size),), fds=[fd])
+        assert answer.error == error, answer
+    size = (64 << 20) + PAGE
+    with sealed(size) as fd:
+        answer = stranger.call(arguments=encode(None), memory=(given(size),), fds=[fd], record=0)
+    assert (answer.error, answer.errno) == ("InvalidArgument", errno.E2BIG)
+
+
 def test_lent_memory_that_is_not_there(stranger: Stranger) -> None:
     view = Ext(EXT_BYTES, encode(0))
     for lent, error in [
@@ -239,6 +304,42 @@ def test_calling_and_cancelling_without_end_queues_nothing(
     assert len(client._calls) <= 4
     gate.set()
     assert answers == 496
+
+
+def test_tens_of_thousands_of_jobs_are_withdrawn_at_once() -> None:
+    """A task with many connections that is killed: the I/O thread takes them back one by one."""
+
+    class Job:
+        compared = 0
+
+        def __eq__(self, other: object) -> bool:
+            Job.compared += 1
+            return self is other
+
+        __hash__ = object.__hash__
+
+        def __call__(self) -> None:
+            pass
+
+    gate, begun = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        begun.set()
+        assert gate.wait(30)
+
+    workers = Workers(2)
+    try:
+        workers.submit("hostile", hold)  # half of them
+        assert begun.wait(30)
+        jobs = [Job() for _ in range(1000)]
+        for job in jobs:
+            workers.submit("hostile", job)
+        assert all(workers.withdraw("hostile", job) for job in reversed(jobs))
+        assert not workers.withdraw("hostile", jobs[0])
+        assert Job.compared < 10_000
+    finally:
+        gate.set()
+        workers.close()
 
 
 def test_a_client_answers_no_calls_and_takes_no_lent_memory(tmp_path: Path) -> None:

@@ -92,6 +92,13 @@ def test_a_large_record_travels_beside_the_message(echo: md.Service, client: md.
         assert client.call("count", words, table) == table
 
 
+@pytest.mark.slow
+def test_a_record_has_a_largest_size(echo: md.Service, client: md.Connection) -> None:
+    with pytest.raises(md.InvalidArgument) as caught:
+        client.call("length", ["x" * (1 << 20)] * 65)
+    assert caught.value.errno == errno.E2BIG
+
+
 def test_the_threshold_decides_what_is_inline(echo: md.Service, client: md.Connection) -> None:
     seen: list[int] = []
     client.call("length", b"")

@@ -15,6 +15,9 @@ import numpy.typing as npt
 import pytest
 
 import memdesc as md
+from memdesc import errors
+from memdesc.services import protocol
+from memdesc.services.failures import rebuilt
 
 
 class Point(msgspec.Struct):
@@ -260,6 +263,50 @@ def test_errors_travel_as_what_they_are(
     assert record.exc_info[0] is IndexError
     del record
     caplog.clear()  # its frames hold the client
+
+
+def test_every_error_of_the_family_arrives(service: md.Service, client: md.Connection) -> None:
+    """Whatever a stranger says of its fields; and with names of files that are no text."""
+    for name in errors.__all__:
+        for reason in (None, "", "X"):
+            built = rebuilt(protocol.Failed(1, name, "text", None, reason))
+            assert isinstance(built, (md.MemdescError, BufferError)), name
+
+    @service.method
+    def sync() -> None:
+        raise md.InvalidArgument("no file \udcff")
+
+    @service.method(name="async")
+    async def later() -> None:
+        raise md.InvalidArgument("no file \udcff")
+
+    for method in ("sync", "async"):
+        with pytest.raises(md.InvalidArgument, match="udcff"):
+            client.call(method, timeout=30)
+    with pytest.raises(md.InvalidArgument):
+        client.call("sync", "\udcff")
+
+
+def test_a_call_in_the_middle_of_reading_another(
+    service: md.Service, client: md.Connection
+) -> None:
+    class Asks(msgspec.Struct):
+        n: int
+
+        def __post_init__(self) -> None:
+            assert client.call("echo", self.n, timeout=30) == self.n
+
+    @service.method
+    def echo(x: int) -> int:
+        return x
+
+    @service.method
+    def both() -> list[Any]:
+        return [{"n": 5}, np.zeros(3)]
+
+    one, array = client.call("both", returns=tuple[Asks, np.ndarray])
+    assert one.n == 5
+    assert array.shape == (3,)
 
 
 def test_a_result_that_can_not_travel_is_the_methods_failure(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from enum import Enum
+
 from memdesc import errors
 from memdesc.errors import (
     AllocationError,
@@ -10,20 +12,34 @@ from memdesc.errors import (
     MemdescError,
     ProtocolError,
     RemoteError,
+    SegmentError,
+    SegmentReason,
     WiringError,
     WiringReason,
     describe_errno,
 )
 from memdesc.services import protocol
 
+_REASONS: dict[type[MemdescError], type[Enum]] = {
+    MappingError: MappingReason,
+    WiringError: WiringReason,
+    SegmentError: SegmentReason,
+}
+_UNKNOWN: dict[type[MemdescError], Enum] = {MappingError: MappingReason.REFUSED}
+
 
 def failed(number: int, error: BaseException) -> protocol.Failed:
     """Make the form in which an error travels."""
     if not isinstance(error, MemdescError):
-        return protocol.Failed(number, "BufferError", str(error)[:4096])
+        return protocol.Failed(number, "BufferError", _told(str(error)))
     reason = getattr(error, "reason", None)
     told = error.reference if isinstance(error, RemoteError) else getattr(reason, "name", None)
-    return protocol.Failed(number, _family_name(error), error.message[:4096], error.errno, told)
+    return protocol.Failed(number, _family_name(error), _told(error.message), error.errno, told)
+
+
+def _told(text: str) -> str:
+    """Give a text as it can travel: the name of a file need not be one."""
+    return text[:4096].encode(errors="backslashreplace").decode()[:4096]
 
 
 def _family_name(error: MemdescError) -> str:
@@ -39,14 +55,12 @@ def rebuilt(answer: protocol.Failed) -> BaseException:
     kind = getattr(errors, answer.error, None) if answer.error in errors.__all__ else None
     if not (isinstance(kind, type) and issubclass(kind, MemdescError)):
         return ProtocolError(f"the peer answered {answer.error}: {answer.message}")
-    if issubclass(kind, MappingError):
-        known = answer.reason in MappingReason.__members__
-        reason = MappingReason[answer.reason] if known else MappingReason.REFUSED  # type: ignore[misc]
-        return kind(answer.message, reason=reason, errno=answer.errno)
-    if issubclass(kind, WiringError):
-        if answer.reason not in WiringReason.__members__:
-            return ProtocolError(f"the peer answered {answer.error}: {answer.message}")
-        return kind(answer.message, reason=WiringReason[answer.reason], errno=answer.errno)  # type: ignore[misc]
+    for family, reasons in _REASONS.items():
+        if issubclass(kind, family):
+            reason = reasons.__members__.get(answer.reason or "", _UNKNOWN.get(family))
+            if reason is None:
+                return ProtocolError(f"the peer answered {answer.error}: {answer.message}")
+            return kind(answer.message, errno=answer.errno, reason=reason)  # type: ignore[call-arg]
     if issubclass(kind, RemoteError):
         return kind(answer.message, errno=answer.errno, reference=answer.reason or "")
     return kind(answer.message, errno=answer.errno)

@@ -304,7 +304,7 @@ def _read(task: Task, form: Form, answer: protocol.Returned, fds: list[int]) -> 
             errno=errno.EPROTO,
         )
     memory = Incoming(answer.memory, fds, task)
-    record = answer.value if answer.record is None else memory.bytes(answer.record)
+    record = answer.value if answer.record is None else memory.record(answer.record)
     with decoding(memory):
         try:
             return form.read(record)

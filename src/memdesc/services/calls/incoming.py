@@ -21,14 +21,16 @@ from memdesc.descriptors.address_range import AddressRangeDescriptor
 from memdesc.descriptors.base import MemoryDescriptor
 from memdesc.descriptors.received import ReceivedMemoryDescriptor
 from memdesc.errors import InvalidArgument, MemdescError, ProtocolError
-from memdesc.handover import discard, unpack
-from memdesc.mapping import view_as_array
+from memdesc.handover import MAX_PIECES, discard, unpack
+from memdesc.mapping import LocalMemoryMap, view_as_array
+from memdesc.memory.limits import check_available
 from memdesc.portable import UNREADABLE
 from memdesc.services.protocol.calls import (
     EXT_ARRAY,
     EXT_BYTES,
     EXT_DESCRIPTOR,
     EXT_VIEW,
+    MAX_RECORD,
     ArrayForm,
     Given,
     Lent,
@@ -38,6 +40,9 @@ from memdesc.vm.task import Task
 
 if TYPE_CHECKING:
     import numpy as np
+
+_WORTH_ASKING = 1 << 20
+"""Bytes of a copy from which on the memory limits are asked, which takes some 10 us."""
 
 _read_place = msgspec.msgpack.Decoder(int).decode
 _read_array = msgspec.msgpack.Decoder(ArrayForm).decode
@@ -56,6 +61,11 @@ def count_bytes(memory: Sequence[Given | Lent]) -> int:
     )
 
 
+def count_ranges(memory: Sequence[Given | Lent]) -> int:
+    """Tell how many ranges of the address space it would take when mapped."""
+    return sum(len(one.portable.pieces) for one in memory if isinstance(one, Given))
+
+
 class Incoming:
     """The memory that came beside one record. Takes the file descriptors over.
 
@@ -68,8 +78,16 @@ class Incoming:
     def __init__(self, memory: Sequence[Given | Lent], fds: Sequence[int], task: Task) -> None:
         self._task = task
         self._memory: list[MemoryDescriptor] = []
+        # A record of a few bytes can name one place ten thousand times.
+        self._copies: dict[int, bytes] = {}
+        self._maps: dict[int, LocalMemoryMap] = {}
         left = list(fds)
         try:
+            if count_ranges(memory) > MAX_PIECES:
+                raise ProtocolError(
+                    f"memory in more than {MAX_PIECES:,} ranges came with one record",
+                    errno=errno.EPROTO,
+                )
             for one in memory:
                 if isinstance(one, Given):
                     own, left = left[: one.files], left[one.files :]
@@ -92,16 +110,35 @@ class Incoming:
             )
         return self._memory[place]
 
+    def record(self, place: int) -> bytes:
+        """Copy a record that is too large for the message."""
+        found = self.descriptor(place)
+        if found.length > MAX_RECORD:
+            raise InvalidArgument(
+                f"a record of {found.length:,} bytes is more than {MAX_RECORD:,}",
+                errno=errno.E2BIG,
+            )
+        return found.read_bytes()
+
     def bytes(self, place: int) -> bytes:
-        """Copy memory."""
-        return self.descriptor(place).read_bytes()
+        """Copy memory, once. A stranger may say that there is a lot: there must be room for it."""
+        found = self._copies.get(place)
+        if found is None:
+            memory = self.descriptor(place)
+            if memory.length > _WORTH_ASKING:
+                check_available(memory.length, "copying memory that came with a call")
+            found = self._copies[place] = memory.read_bytes()
+        return found
 
     def view(self, place: int) -> memoryview:
         """Give a read-only view: of the pages themselves, or of a copy of lent memory."""
         found = self.descriptor(place)
-        if isinstance(found, ReceivedMemoryDescriptor):
-            return memoryview(found.map(access=Access.READ_ONLY))
-        return memoryview(found.read_bytes())
+        if not isinstance(found, ReceivedMemoryDescriptor):
+            return memoryview(self.bytes(place))
+        mapped = self._maps.get(place)
+        if mapped is None:
+            mapped = self._maps[place] = found.map(access=Access.READ_ONLY)
+        return memoryview(mapped)
 
     def array(self, form: ArrayForm) -> np.ndarray[Any, Any]:
         """Give a read-only array."""
@@ -116,11 +153,13 @@ _decoding = threading.local()
 @contextlib.contextmanager
 def decoding(memory: Incoming) -> Iterator[None]:
     """Have the places in records that are read inside mean this memory."""
+    # A type of the program's, or a signal handler, may make a call in the middle of it.
+    before = getattr(_decoding, "memory", None)
     _decoding.memory = memory
     try:
         yield
     finally:
-        del _decoding.memory
+        _decoding.memory = before
 
 
 class _Place(msgspec.Struct, frozen=True):

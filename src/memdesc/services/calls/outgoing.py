@@ -20,7 +20,7 @@ from memdesc.descriptors.base import MemoryDescriptor
 from memdesc.descriptors.buffer import BufferMemoryDescriptor
 from memdesc.descriptors.homes import descriptor_of
 from memdesc.descriptors.sub import SubMemoryDescriptor
-from memdesc.errors import InvalidArgument
+from memdesc.errors import InvalidArgument, MemdescError
 from memdesc.handover import close_all, pack
 from memdesc.services import protocol
 from memdesc.services.protocol.calls import (
@@ -29,6 +29,7 @@ from memdesc.services.protocol.calls import (
     EXT_DESCRIPTOR,
     EXT_VIEW,
     MAX_MEMORY,
+    MAX_RECORD,
     NOTHING,
     ArrayForm,
     Given,
@@ -115,12 +116,18 @@ class Outgoing:
     def _record(self, value: Any) -> tuple[msgspec.Raw, int | None]:
         try:
             record = msgspec.msgpack.encode(value, enc_hook=self._extend)
-        except (TypeError, OverflowError, RecursionError) as error:
-            if isinstance(error, InvalidArgument):
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            if isinstance(error, MemdescError):
                 raise
             raise InvalidArgument(f"this can not travel: {error}", errno=errno.EINVAL) from error
         if len(record) <= self._inline:
             return msgspec.Raw(record), None
+        if len(record) > MAX_RECORD:
+            raise InvalidArgument(
+                f"a record of {len(record):,} bytes is more than {MAX_RECORD:,}: give what is "
+                "large as arrays or bytes, each for itself, or in several calls",
+                errno=errno.E2BIG,
+            )
         return NOTHING, self._place(record)
 
     def _top(self, value: Any) -> Any:

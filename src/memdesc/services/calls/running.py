@@ -182,7 +182,7 @@ class Running:
 
     def _bound(self, memory: Incoming) -> tuple[list[Any], dict[str, Any]]:
         call = self.call
-        record = call.arguments if call.record is None else memory.bytes(call.record)
+        record = call.arguments if call.record is None else memory.record(call.record)
         with decoding(memory):
             return self._method.bind(record, self._client)
 

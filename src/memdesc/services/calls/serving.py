@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 from memdesc.errors import LimitError, MemdescError, MethodNotFoundError, ProtocolError
-from memdesc.handover import too_many_files
+from memdesc.handover import MAX_PIECES, too_many_files
 from memdesc.services import protocol
 from memdesc.services.accepting import Accepted, Accepting, Allow
-from memdesc.services.calls.incoming import count_bytes, count_files
+from memdesc.services.calls.incoming import count_bytes, count_files, count_ranges
 from memdesc.services.calls.methods import Method, running_loop
 from memdesc.services.calls.running import Running
 from memdesc.services.calls.workers import Workers
@@ -206,6 +206,14 @@ class CallingClient(Accepted):
                 f"the calls of task {self.task.pid} that are in flight would have {nbytes:,} "
                 f"bytes beside them, of {room:,} that one connection may have: send less at a "
                 "time, or let the service say limits=Limits(call_bytes=…)",
+                errno=errno.EDQUOT,
+            )
+        ranges = count_ranges(call.memory) + sum(count_ranges(one.call.memory) for one in others)
+        if ranges > MAX_PIECES:
+            raise LimitError(
+                f"the calls of task {self.task.pid} that are in flight would have {ranges:,} "
+                f"ranges of memory beside them, of {MAX_PIECES:,} that one connection may have: "
+                "wait for some",
                 errno=errno.EDQUOT,
             )
         if files + sum(one.files for one in others) > MAX_MEMORY:

@@ -10,7 +10,7 @@ import errno
 import logging
 import queue
 import threading
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -44,7 +44,8 @@ class Workers:
         self.most = most
         self._lock = threading.Lock()
         self._turns: deque[object] = deque()  # who has jobs that wait; the next one first
-        self._jobs: dict[object, deque[Job]] = {}
+        # Not a queue: of those of a task that is gone, tens of thousands, each is taken back.
+        self._jobs: dict[object, OrderedDict[Job, None]] = {}
         self._busy: Counter[object] = Counter()
         self._wakes: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._workers = self._waiting = 0
@@ -67,9 +68,9 @@ class Workers:
                 self._add_worker()
             jobs = self._jobs.get(whose)
             if jobs is None:
-                jobs = self._jobs[whose] = deque()
+                jobs = self._jobs[whose] = OrderedDict()
                 self._turns.append(whose)
-            jobs.append(job)
+            jobs[job] = None
         self._wakes.put(True)
 
     def _add_worker(self) -> None:
@@ -86,7 +87,7 @@ class Workers:
             jobs = self._jobs.get(whose)
             if jobs is None or job not in jobs:
                 return False
-            jobs.remove(job)
+            del jobs[job]
             if not jobs:
                 del self._jobs[whose]
                 self._turns.remove(whose)
@@ -162,7 +163,7 @@ class Workers:
                     self._turns.append(whose)
                     continue
                 jobs = self._jobs[whose]
-                job = jobs.popleft()
+                job, _ = jobs.popitem(last=False)
                 if jobs:
                     self._turns.append(whose)
                 else:

@@ -27,6 +27,9 @@ EXT_DESCRIPTOR = 4
 MAX_MEMORY = 64
 """Blocks of memory that travel beside one call at most, and file descriptors of all of them."""
 
+MAX_RECORD = 64 << 20
+"""Bytes of a record at most: decoded it takes many times as much. Arrays and bytes lie beside."""
+
 NOTHING = msgspec.Raw(b"\xc0")
 
 

@@ -20,7 +20,6 @@ from memdesc import _core
 from memdesc.handover import close_all, receive_once
 from memdesc.portable import Portable
 from memdesc.services import protocol
-from memdesc.services.calls.workers import Workers
 from memdesc.services.protocol.calls import (
     EXT_ARRAY,
     EXT_BYTES,
@@ -226,20 +225,6 @@ def test_ranges_beside_the_calls_in_flight_are_bounded(
         assert isinstance(stranger.call(view, memory=(given(),), fds=[fd]), protocol.Returned)
 
 
-def test_memory_that_nobody_paid_for_is_not_copied(stranger: Stranger) -> None:
-    """A sparse file costs its owner nothing; copied, it would be this task's end."""
-    view = Ext(EXT_BYTES, encode(0))
-    physical = os.sysconf("SC_PHYS_PAGES") * PAGE
-    for size, error in ((physical, "AllocationError"), (1 << 45, "LimitError")):
-        with sealed(size) as fd:
-            answer = stranger.call(view, method="text", memory=(given(size),), fds=[fd])
-        assert answer.error == error, answer
-    size = (64 << 20) + PAGE
-    with sealed(size) as fd:
-        answer = stranger.call(arguments=encode(None), memory=(given(size),), fds=[fd], record=0)
-    assert (answer.error, answer.errno) == ("InvalidArgument", errno.E2BIG)
-
-
 def test_lent_memory_that_is_not_there(stranger: Stranger) -> None:
     view = Ext(EXT_BYTES, encode(0))
     for lent, error in [
@@ -304,42 +289,6 @@ def test_calling_and_cancelling_without_end_queues_nothing(
     assert len(client._calls) <= 4
     gate.set()
     assert answers == 496
-
-
-def test_tens_of_thousands_of_jobs_are_withdrawn_at_once() -> None:
-    """A task with many connections that is killed: the I/O thread takes them back one by one."""
-
-    class Job:
-        compared = 0
-
-        def __eq__(self, other: object) -> bool:
-            Job.compared += 1
-            return self is other
-
-        __hash__ = object.__hash__
-
-        def __call__(self) -> None:
-            pass
-
-    gate, begun = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        begun.set()
-        assert gate.wait(30)
-
-    workers = Workers(2)
-    try:
-        workers.submit("hostile", hold)  # half of them
-        assert begun.wait(30)
-        jobs = [Job() for _ in range(1000)]
-        for job in jobs:
-            workers.submit("hostile", job)
-        assert all(workers.withdraw("hostile", job) for job in reversed(jobs))
-        assert not workers.withdraw("hostile", jobs[0])
-        assert Job.compared < 10_000
-    finally:
-        gate.set()
-        workers.close()
 
 
 def test_a_client_answers_no_calls_and_takes_no_lent_memory(tmp_path: Path) -> None:

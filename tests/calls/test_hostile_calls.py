@@ -20,6 +20,7 @@ from memdesc import _core
 from memdesc.handover import close_all, receive_once
 from memdesc.portable import Portable
 from memdesc.services import protocol
+from memdesc.services.calls.workers import Workers
 from memdesc.services.protocol.calls import (
     EXT_ARRAY,
     EXT_BYTES,
@@ -289,6 +290,42 @@ def test_calling_and_cancelling_without_end_queues_nothing(
     assert len(client._calls) <= 4
     gate.set()
     assert answers == 496
+
+
+def test_tens_of_thousands_of_jobs_are_withdrawn_at_once() -> None:
+    """A task with many connections that is killed: the I/O thread takes them back one by one."""
+
+    class Job:
+        compared = 0
+
+        def __eq__(self, other: object) -> bool:
+            Job.compared += 1
+            return self is other
+
+        __hash__ = object.__hash__
+
+        def __call__(self) -> None:
+            pass
+
+    gate, begun = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        begun.set()
+        assert gate.wait(30)
+
+    workers = Workers(2)
+    try:
+        workers.submit("hostile", hold)  # half of them
+        assert begun.wait(30)
+        jobs = [Job() for _ in range(1000)]
+        for job in jobs:
+            workers.submit("hostile", job)
+        assert all(workers.withdraw("hostile", job) for job in reversed(jobs))
+        assert not workers.withdraw("hostile", jobs[0])
+        assert Job.compared < 10_000
+    finally:
+        gate.set()
+        workers.close()
 
 
 def test_a_client_answers_no_calls_and_takes_no_lent_memory(tmp_path: Path) -> None:

@@ -226,6 +226,20 @@ def test_ranges_beside_the_calls_in_flight_are_bounded(
         assert isinstance(stranger.call(view, memory=(given(),), fds=[fd]), protocol.Returned)
 
 
+def test_memory_that_nobody_paid_for_is_not_copied(stranger: Stranger) -> None:
+    """A sparse file costs its owner nothing; copied, it would be this task's end."""
+    view = Ext(EXT_BYTES, encode(0))
+    physical = os.sysconf("SC_PHYS_PAGES") * PAGE
+    for size, error in ((physical, "AllocationError"), (1 << 45, "LimitError")):
+        with sealed(size) as fd:
+            answer = stranger.call(view, method="text", memory=(given(size),), fds=[fd])
+        assert answer.error == error, answer
+    size = (64 << 20) + PAGE
+    with sealed(size) as fd:
+        answer = stranger.call(arguments=encode(None), memory=(given(size),), fds=[fd], record=0)
+    assert (answer.error, answer.errno) == ("InvalidArgument", errno.E2BIG)
+
+
 def test_lent_memory_that_is_not_there(stranger: Stranger) -> None:
     view = Ext(EXT_BYTES, encode(0))
     for lent, error in [

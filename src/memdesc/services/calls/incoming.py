@@ -23,12 +23,14 @@ from memdesc.descriptors.received import ReceivedMemoryDescriptor
 from memdesc.errors import InvalidArgument, MemdescError, ProtocolError
 from memdesc.handover import MAX_PIECES, discard, unpack
 from memdesc.mapping import LocalMemoryMap, view_as_array
+from memdesc.memory.limits import check_available
 from memdesc.portable import UNREADABLE
 from memdesc.services.protocol.calls import (
     EXT_ARRAY,
     EXT_BYTES,
     EXT_DESCRIPTOR,
     EXT_VIEW,
+    MAX_RECORD,
     ArrayForm,
     Given,
     Lent,
@@ -38,6 +40,9 @@ from memdesc.vm.task import Task
 
 if TYPE_CHECKING:
     import numpy as np
+
+_WORTH_ASKING = 1 << 20
+"""Bytes of a copy from which on the memory limits are asked, which takes some 10 us."""
 
 _read_place = msgspec.msgpack.Decoder(int).decode
 _read_array = msgspec.msgpack.Decoder(ArrayForm).decode
@@ -105,11 +110,24 @@ class Incoming:
             )
         return self._memory[place]
 
+    def record(self, place: int) -> bytes:
+        """Copy a record that is too large for the message."""
+        found = self.descriptor(place)
+        if found.length > MAX_RECORD:
+            raise InvalidArgument(
+                f"a record of {found.length:,} bytes is more than {MAX_RECORD:,}",
+                errno=errno.E2BIG,
+            )
+        return found.read_bytes()
+
     def bytes(self, place: int) -> bytes:
-        """Copy memory, once."""
+        """Copy memory, once. A stranger may say that there is a lot: there must be room for it."""
         found = self._copies.get(place)
         if found is None:
-            found = self._copies[place] = self.descriptor(place).read_bytes()
+            memory = self.descriptor(place)
+            if memory.length > _WORTH_ASKING:
+                check_available(memory.length, "copying memory that came with a call")
+            found = self._copies[place] = memory.read_bytes()
         return found
 
     def view(self, place: int) -> memoryview:

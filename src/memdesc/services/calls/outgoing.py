@@ -29,6 +29,7 @@ from memdesc.services.protocol.calls import (
     EXT_DESCRIPTOR,
     EXT_VIEW,
     MAX_MEMORY,
+    MAX_RECORD,
     NOTHING,
     ArrayForm,
     Given,
@@ -121,6 +122,12 @@ class Outgoing:
             raise InvalidArgument(f"this can not travel: {error}", errno=errno.EINVAL) from error
         if len(record) <= self._inline:
             return msgspec.Raw(record), None
+        if len(record) > MAX_RECORD:
+            raise InvalidArgument(
+                f"a record of {len(record):,} bytes is more than {MAX_RECORD:,}: give what is "
+                "large as arrays or bytes, each for itself, or in several calls",
+                errno=errno.E2BIG,
+            )
         return NOTHING, self._place(record)
 
     def _top(self, value: Any) -> Any:

@@ -90,6 +90,19 @@ def test_without_a_living_service_it_is_a_new_one(runtime_dir):
     service.wait_superseded(20)  # closed: nothing to wait for
 
 
+def test_a_fork_child_has_nothing_to_pass_on():
+    with md.Service("camera") as service:
+
+        def child():
+            service.wait_superseded()  # comes back: here it is closed
+            return service.superseded
+
+        assert in_child(child) is False
+        with md.Service("camera", take_over=True):
+            assert service.wait_superseded(20)
+            assert in_child(lambda: service.superseded)
+
+
 def test_in_one_process_and_again_and_again(runtime_dir):
     services = [md.Service("camera")]
     services[0].share("it", md.BufferMemoryDescriptor(8))

@@ -128,4 +128,6 @@ class Service(Calling, Notifying, Queueing, Streaming, Sharing, Succeeded):
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{len(self._clients)} clients"
+        if self.superseded:
+            state += ", superseded"
         return f"<Service {self.name!r}: {len(self._shares)} shares, {state}>"

@@ -51,7 +51,7 @@ class Succeeded(Accepting):
         return self._superseded
 
     def wait_superseded(self, timeout: float | None = None) -> bool:
-        """Wait until another task serves the name, or this service was closed.
+        """Wait until another task serves the name, or this service was closed (or forked away).
 
         Parameters
         ----------
@@ -94,6 +94,12 @@ class Succeeded(Accepting):
 
     def _ending(self) -> None:
         super()._ending()
+        self._over.set()
+
+    def forked(self) -> None:
+        """In a fork child: the name stays the parent's."""
+        super().forked()
+        self._over = threading.Event()  # another thread may have held the lock in it
         self._over.set()
 
     def _admits_successor(self, task: Task) -> bool:

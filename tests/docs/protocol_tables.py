@@ -83,6 +83,8 @@ def absent(field: inspect.Field) -> str:
     default = field.default
     if isinstance(default, msgspec.Raw):
         default = msgspec.msgpack.decode(default)
+    if isinstance(default, int) and not isinstance(default, bool):
+        return str(default)  # 0 == False, which would find its word
     return {None: "nil", False: "false", True: "true", (): "empty"}.get(default, repr(default))
 
 

@@ -3,7 +3,9 @@
 O_DIRECT reads of a file of 256 MiB into a descriptor of that size, in blocks of 4 KiB, 64 KiB and
 1 MiB, one after the other and in random order, with 1, 8 and 32 requests in flight:
 
-* memdesc: `DirectFile.read_into` (one after the other) and `read_many` (random), registered;
+* memdesc: `DirectFile.read_into` (one after the other) and `read_many` (random), registered, into
+  huge pages where there are any: a block of 1 MiB is one run of memory then, else up to 256;
+* base pages: the same, into pages of 4 KiB. For comparison; nothing is asked of it;
 * fio: its io_uring engine, with registered buffers and files, into buffers of its own. It keeps
   no block: it reads into the same few buffers all the time;
 * readinto: of a plain file, the page cache emptied of it before.
@@ -104,25 +106,38 @@ def by_readinto(path: Path, into: md.MemoryDescriptor, block: int, nbytes: int) 
         return timed(read, nbytes)
 
 
+def buffer(size: int, pages: md.PageKind) -> md.BufferMemoryDescriptor:
+    return md.BufferMemoryDescriptor(size, pages=pages, recycle=False, name="disk")
+
+
+def huge_or_not(size: int) -> md.BufferMemoryDescriptor:
+    try:
+        return buffer(size, md.PageKind.TRANSPARENT_HUGE)
+    except md.PageKindError:
+        return buffer(size, md.PageKind.AUTO)
+
+
 def measure(
     path: Path, digest: str, size: int, cases: list[tuple[str, int, int]], rounds: int, fio: bool
 ) -> tuple[dict[str, Any], bool]:
     """Every case by every means, round by round: (results by case, whether the bytes are equal)."""
     samples: dict[str, dict[str, list[Sample]]] = {}
     equal = True
-    with md.BufferMemoryDescriptor(size, contents=md.Contents.UNDEFINED, name="disk") as into:
+    with huge_or_not(size) as into, buffer(size, md.PageKind.BASE) as base:
+        print(f"read into {into.huge_bytes // MIB} MiB of huge pages, and into base pages")
         for turn in range(rounds):
             for order, block, depth in cases:
                 nbytes = size if block > 4 * KIB or depth > 1 else size // 8
                 ways = samples.setdefault(f"{order}, {block // KIB} KiB, depth {depth}", {})
                 whole = nbytes == size and turn == 0
-                if whole:
-                    memoryview(into)[:] = bytes(size)
-                ways.setdefault("memdesc", []).append(
-                    by_memdesc(path, into, block, depth, order, nbytes)
-                )
-                if whole:
-                    equal &= hashlib.sha256(into).hexdigest() == digest
+                for way, memory in (("memdesc", into), ("base pages", base)):
+                    if whole:
+                        memoryview(memory)[:] = bytes(size)
+                    ways.setdefault(way, []).append(
+                        by_memdesc(path, memory, block, depth, order, nbytes)
+                    )
+                    if whole:
+                        equal &= hashlib.sha256(memory).hexdigest() == digest
                 if fio:
                     ways.setdefault("fio", []).append(
                         by_fio(path, size, block, depth, order, nbytes)
@@ -138,7 +153,7 @@ def summed(ways: dict[str, list[Sample]]) -> dict[str, Any]:
         | {"cpu": summary([cpu for _, cpu in samples])["median"], "samples": samples}
         for way, samples in ways.items()
     }
-    for other in ("fio", "readinto"):
+    for other in ("fio", "readinto", "base pages"):
         if other in rows:
             # Round by round: what one round meets, the other meets too.
             ratios = [
@@ -175,7 +190,7 @@ def main() -> None:
     for case, rows in results.items():
         text = "   ".join(
             f"{way} {rows[way]['median']:7.0f} MiB/s, CPU {rows[way]['cpu']:4.2f}"
-            for way in ("memdesc", "fio", "readinto")
+            for way in ("memdesc", "base pages", "fio", "readinto")
             if way in rows
         )
         ratio = rows.get("of fio")

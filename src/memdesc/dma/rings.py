@@ -176,32 +176,27 @@ class Engine:
 
     def fill(self) -> None:
         """Prepare requests of the active transfers, in turn, until the ring is full."""
-        empty = 0
-        while empty < len(self.active) and len(self._in_flight) < self.depth:
-            transfer = self.active[0]
+        empty, in_flight, active = 0, self._in_flight, self.active
+        prepare, fds, flags = self.uring.prepare, self._fds, self._flags
+        while empty < len(active) and len(in_flight) < self.depth:
+            transfer = active[0]
             request = transfer.next()
             if request is None:
                 empty += 1
-                self.active.rotate(-1)
+                active.rotate(-1)
                 continue
             empty = 0
-            if not self._prepare(transfer, request):
+            self._tag = tag = self._tag + 1
+            _, direct, address, nbytes, offset, slot = request
+            in_flight[tag] = (transfer, request)  # first: what the kernel has must be known
+            if not prepare(
+                transfer.writing, fds[direct], flags, address, nbytes, offset, tag, slot
+            ):
+                del in_flight[tag]
                 transfer.put_back(request)
                 return
-            if len(self.active) > 1:
-                self.active.rotate(-1)
-
-    def _prepare(self, transfer: Transfer, request: Request) -> bool:
-        self._tag = tag = self._tag + 1
-        _, direct, address, nbytes, offset, slot = request
-        self._in_flight[tag] = (transfer, request)  # first: what the kernel has must be known
-        file = self._fds[direct]
-        if self.uring.prepare(
-            transfer.writing, file, self._flags, address, nbytes, offset, tag, slot
-        ):
-            return True
-        del self._in_flight[tag]
-        return False
+            if len(active) > 1:
+                active.rotate(-1)
 
     def enter(self, wait: int) -> None:
         """Submit what is prepared, and wait for so many completions or a signal."""

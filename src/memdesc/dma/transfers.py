@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import NamedTuple
 
 from memdesc.dma.files import OpenedFile
@@ -89,6 +90,9 @@ class Request(NamedTuple):
     nbytes: int
     offset: int
     slot: int
+
+
+_new_request = partial(tuple.__new__, Request)  # without a call in Python: there are so many
 
 
 class Transfer:
@@ -187,7 +191,7 @@ class Transfer:
         if (at | nbytes) % self._alignment or address % self.file.memory_alignment:
             return None
         slot = piece.slot(address, nbytes) if piece.slots else -1
-        return Request(part, True, address, nbytes, at, slot)
+        return _new_request((part, True, address, nbytes, at, slot))
 
     def _cut(self, address: int, nbytes: int, at: int) -> Iterator[tuple[bool, int, int]]:
         """Cut a range into head, middle and tail: (direct, start, bytes)."""
@@ -208,7 +212,7 @@ class Transfer:
         for start in range(0, nbytes, self.block_size):
             size = min(self.block_size, nbytes - start)
             slot = piece.slot(address + start, size) if piece.slots else -1
-            yield Request(part, direct, address + start, size, at + start, slot)
+            yield _new_request((part, direct, address + start, size, at + start, slot))
 
     # -- carrying --------------------------------------------------------------------------------
 
@@ -242,10 +246,17 @@ class Transfer:
     def completed(self, request: Request, result: int) -> None:
         """Note what became of a request: bytes, or -errno."""
         self.in_flight -= 1
+        _, direct, _, nbytes, _, slot = request
         if result > 0:
-            self._count(request, result)
-        if result == request.nbytes:
-            return
+            self.done += result
+            if direct:
+                self._direct += result
+            else:
+                self._bounced += result
+            if slot >= 0:
+                self._registered += result
+            if result == nbytes:
+                return
         if result in (-errno.EAGAIN, -errno.EINTR):
             self._retry(request)
         elif result == -errno.EINVAL and request.direct:
@@ -255,15 +266,6 @@ class Transfer:
             self._failed(request, -result)
         else:
             self._short(request, result)
-
-    def _count(self, request: Request, nbytes: int) -> None:
-        self.done += nbytes
-        if request.direct:
-            self._direct += nbytes
-        else:
-            self._bounced += nbytes
-        if request.slot >= 0:
-            self._registered += nbytes
 
     def _retry(self, request: Request) -> None:
         if self.failure is None:

@@ -292,6 +292,7 @@ def test_a_closed_end_says_so(ends: Ends) -> None:
     producer.close()
     consumer.close()
     assert (producer.closed, consumer.closed) == (True, True)
+    assert ["closed" in repr(end) for end in ends] == [True, True]
     for call in (
         lambda: producer.enqueue(b""),
         lambda: producer.enqueue_many([b""]),

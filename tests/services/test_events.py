@@ -299,15 +299,18 @@ def test_in_a_fork_child_they_are_closed(both: Both) -> None:
         said = [refusal(call)[0] for call in (events.get, events.try_get, events.fileno)]
         said += [refusal(lambda: connection.events("b"))[0], refusal(lambda: next(events))[0]]
         said.append(refusal(lambda: service.notify("a"))[0])
+        assert events.closed and service.closed
         events.close()
         assert not os.path.exists(f"/proc/self/fd/{number}")
         return said
 
     assert in_child(child) == ["ClosedError"] * 6
+    assert not events.closed
     assert events.get(SOON).value == 1
     service.notify("a", 2)
     assert events.get(SOON).value == 2
     events.close()
+    assert events.closed
 
 
 # --- Event loops --------------------------------------------------------------------------------

@@ -296,8 +296,10 @@ def test_a_closed_service():
     service.share("it", buffer)
     connection = md.connect("camera")
     mapping = connection.map("it")
+    assert not service.closed
     service.close()
     service.close()
+    assert service.closed
     wait_until(lambda: connection.closed)
     for call in (
         lambda: service.share("x", buffer),

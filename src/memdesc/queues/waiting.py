@@ -135,6 +135,10 @@ class End(_core.RingEnd):
         if self._state() == _OPEN:
             self.close()
 
+    def __repr__(self) -> str:
+        state = ", closed" if self.closed else ""
+        return f"<{type(self).__name__} of {self.name!r}: {self.capacity:,} bytes{state}>"
+
     def __enter__(self) -> Self:
         return self
 

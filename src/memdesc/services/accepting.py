@@ -268,6 +268,11 @@ class Accepting:
                 "process: make a new Service here"
             )
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called, or this is a fork child's copy."""
+        return self._closed
+
     def close(self) -> None:
         """End the service: give up the name and end every connection. Again is a no-op."""
         with self._joining:

@@ -330,6 +330,11 @@ class Events(Incoming[Event]):
         self._finalizer.atexit = False
         tell_if_forked(self)
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called, or this is a fork child's copy."""
+        return self._closed
+
     def get(self, timeout: float | None = None) -> Event:
         """Give the next event, waiting for it.
 

@@ -61,6 +61,7 @@ def test_a_position_that_goes_back() -> None:
         stream.look()
         write(seat.memory, AT["read"], 1)
         publish(stream, 3)
+        stream.look()
         assert stream.subscribers() == []
         with pytest.raises(md.ProtocolError) as caught:
             subscription.take(LIMIT)

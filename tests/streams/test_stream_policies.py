@@ -57,6 +57,7 @@ def test_disconnect_drops_it_and_leaves_it_what_it_holds() -> None:
         assert (slot.metadata, reasons) == (1, [])
         slot.release()
         publish(stream, 30)
+        stream.look()
         assert reasons == ["was too slow"]
         assert len(stream.subscribers()) == 1
 

@@ -245,6 +245,7 @@ def test_a_client_that_corrupts_its_line_is_dropped(service: md.Service, stream:
         publish(stream, 1)
         stream.subscribers()[0].memory.write_bytes(64, b"\xff" * 8)
         publish(stream, 2)
+        stream.look()
         until(lambda: connection.closed)
         assert taken(other) == [1, 2]
         with pytest.raises(md.ProtocolError):

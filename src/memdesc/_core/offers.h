@@ -154,7 +154,9 @@ struct md_pool {
     size_t header_size;
     uint32_t slots, loans, most_loans; /* loans: slots being filled */
     uint32_t *users;                   /* [slots]: who has it: subscribers, a loan, the latest */
-    uint32_t *free, free_count;        /* last in, first out: what was read last is still warm */
+    /* A ring, first in, first out: what was just read lies in the reader's caches, from where it
+     * is slow to be had back. */
+    uint32_t *free, free_first, free_count;
     uint32_t latest;
     uint64_t sequence, latest_sequence;
     struct md_line **lines;
@@ -174,7 +176,7 @@ static inline int md_pool_begin(struct md_pool *pool, unsigned char *headers, si
     pool->slots = slots;
     pool->most_loans = most_loans;
     pool->latest = MD_NO_SLOT;
-    for (uint32_t slot = slots; slot-- > 0;)
+    for (uint32_t slot = 0; slot < slots; slot++)
         pool->free[pool->free_count++] = slot;
     return 0;
 }
@@ -192,7 +194,7 @@ static inline struct md_slot_header *md_pool_header(struct md_pool *pool, uint32
 
 static inline void md_pool_unuse(struct md_pool *pool, uint32_t slot) {
     if (--pool->users[slot] == 0)
-        pool->free[pool->free_count++] = slot;
+        pool->free[(pool->free_first + pool->free_count++) % pool->slots] = slot;
 }
 
 /* Slots that nobody can take back from the subscribers, at most; with one more of that policy.
@@ -412,13 +414,17 @@ static inline int md_pool_reclaim(struct md_pool *pool) {
 static inline int md_pool_loan(struct md_pool *pool, uint32_t *slot) {
     if (pool->loans == pool->most_loans)
         return -ENOBUFS;
-    md_pool_refresh(pool);
-    if (md_pool_blocked(pool) != NULL)
-        return -EAGAIN;
-    while (pool->free_count == 0)
-        if (md_pool_reclaim(pool) < 0)
-            return -ENOBUFS;
-    *slot = pool->free[--pool->free_count];
+    if (pool->free_count == 0 || md_pool_blocked(pool) != NULL) {
+        md_pool_refresh(pool); /* not each time: it costs cache misses, and the books never lie */
+        if (md_pool_blocked(pool) != NULL)
+            return -EAGAIN;
+        while (pool->free_count == 0)
+            if (md_pool_reclaim(pool) < 0)
+                return -ENOBUFS;
+    }
+    *slot = pool->free[pool->free_first];
+    pool->free_first = (pool->free_first + 1) % pool->slots;
+    pool->free_count--;
     pool->users[*slot] = 1;
     pool->loans++;
     return 0;

@@ -327,7 +327,7 @@ class Stream(_core.StreamPool):
         return [line.subscriber for line in self._lines()]
 
     def look(self) -> None:
-        """Look what subscribers took and gave back; each `loan` does. For one that pauses."""
+        """Look what subscribers took and gave back. A loan does where it needs to know."""
         if self._state() == _OPEN and self._refresh():
             self._tidy()
 

@@ -154,6 +154,7 @@ def denied(name: str, *words: str) -> Feature:
         ("copy_any_task", "process_vm_readv", errno.EPERM),
         ("lock_memory", "map_memory", errno.EPERM),
         ("populate", "madvise", errno.EINVAL),
+        ("io_uring", "open_uring", errno.EPERM),
     ],
 )
 def test_each_denial_by_the_core_is_told(name: str, call: str, number: int) -> None:

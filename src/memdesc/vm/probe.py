@@ -280,6 +280,20 @@ def _populate() -> _Found:
     return _Found()
 
 
+def _io_uring() -> _Found:
+    ring = _core.open_uring(1, 1, 0)
+    try:
+        with mmap.mmap(-1, page_size) as page:
+            _core.uring_register_buffers(ring, 1)
+            try:
+                _core.uring_update_buffer(ring, 0, _core.buffer_address(page)[0], page_size)
+            except OSError as error:
+                return _Found(f"works, but registers no memory: {describe_errno(error)}")
+    finally:
+        ring.close()
+    return _Found("a page was registered")
+
+
 def _peer_pidfd() -> _Found:
     ours, theirs = sockets.socketpair(sockets.AF_UNIX)
     with ours, theirs:
@@ -301,6 +315,11 @@ _TRIALS = {
     ),
     "peer_pidfd": _Trial(
         _peer_pidfd, "Linux 6.5", "the peer's pid is opened instead, which may have been recycled"
+    ),
+    "io_uring": _Trial(
+        _io_uring,
+        "Linux 5.13, kernel.io_uring_disabled 0",
+        "files are read by pread, one request after the other; in a container allow io_uring_setup",
     ),
     "huge_pages": _Trial(
         _huge_pages, "free pages in the pool", "raise vm.nr_hugepages; base pages are used instead"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
+import os
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, Self
@@ -280,21 +282,25 @@ class Subscription(_core.StreamSubscriber):
 
     async def _readable(self, fd: int) -> None:
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[None] = loop.create_future()
-        if not self._sleepers:
-            loop.add_reader(fd, self._wake)
-        self._sleepers.add(future)
+        ready: asyncio.Future[None] = loop.create_future()
+        self._sleepers.add(ready)
         try:
-            await future
+            if self.closed:  # by another thread, who did not see this one
+                return
+            with _duplicate(fd) as own:
+                loop.add_reader(own, _set, ready)
+                try:
+                    await ready
+                finally:
+                    loop.remove_reader(own)
         finally:
-            self._sleepers.discard(future)
-            if not self._sleepers:
-                loop.remove_reader(fd)
+            self._sleepers.discard(ready)
 
     def _wake(self) -> None:
-        for future in self._sleepers:
-            if not future.done():
-                future.set_result(None)
+        """Have all who await look again. On any thread."""
+        for ready in list(self._sleepers):
+            with contextlib.suppress(RuntimeError):  # its loop was closed
+                ready.get_loop().call_soon_threadsafe(_set, ready)
 
     def _clear(self) -> None:
         if self._socket is not None and not clear(self._socket):
@@ -308,8 +314,7 @@ class Subscription(_core.StreamSubscriber):
         What was offered can still be taken; then calls raise `PeerGoneError` (ECONNRESET).
         """
         self._set_gone()
-        for future in list(self._sleepers):
-            future.get_loop().call_soon_threadsafe(self._wake)
+        self._wake()
 
     def statistics(self) -> SubscriptionStatistics:
         """Tell what this subscription did."""
@@ -327,10 +332,8 @@ class Subscription(_core.StreamSubscriber):
         Slots that are held stay so until they are given back. Waits of other threads finish with
         `ClosedError`.
         """
-        sleepers = list(self._sleepers)
-        for future in sleepers:
-            future.get_loop().call_soon_threadsafe(self._wake)
         self._close()
+        self._wake()
 
     def __enter__(self) -> Self:
         return self
@@ -389,3 +392,25 @@ class Subscription(_core.StreamSubscriber):
             "arrays and memoryviews of earlier ones included: drop some, or subscribe with loans=",
             errno=errno.ENOBUFS,
         )
+
+
+@contextlib.contextmanager
+def _duplicate(fd: int) -> Iterator[int]:
+    """Have a socket under a number that stays its own: who closes it frees the other one."""
+    try:
+        own = os.dup(fd)
+    except OSError as error:
+        raise AllocationError(
+            f"can not wait in an event loop: {error.strerror}; close descriptors, or raise "
+            "`ulimit -n`",
+            errno=error.errno,
+        ) from error
+    try:
+        yield own
+    finally:
+        os.close(own)
+
+
+def _set(ready: asyncio.Future[None]) -> None:
+    if not ready.done():
+        ready.set_result(None)

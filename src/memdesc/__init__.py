@@ -153,7 +153,7 @@ if TYPE_CHECKING:
         Subscription as Subscription,
     )
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 # Services bring msgspec, which importing memdesc must not: they come when first asked for. So do
 # the other rooms that no descriptor needs.

@@ -455,6 +455,29 @@ def test_cancelling_the_task_that_waits_cancels_the_call(held: Any, client: md.C
     wait_until(lambda: held.ended == ["cancelled"])
 
 
+def test_connecting_without_a_thread_fails_each_time(
+    service: md.Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "memdesc-connect":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    start = threading.Thread.start
+
+    async def main() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            for _ in range(33):  # one more than there are threads at most
+                with pytest.raises(md.AllocationError) as caught:
+                    await asyncio.wait_for(md.connect_async("calls"), 60)
+                assert caught.value.errno == errno.EAGAIN
+        async with await asyncio.wait_for(md.connect_async("calls"), 60):
+            pass
+
+    asyncio.run(main())
+
+
 def test_a_cancelled_connect_leaves_nothing(service: md.Service) -> None:
     async def main() -> None:
         connecting = asyncio.create_task(md.connect_async("calls"))

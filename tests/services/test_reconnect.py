@@ -174,3 +174,25 @@ def test_dropping_it_closes_the_connection():
         with pytest.raises(md.ServiceNotFoundError):
             md.connect("other", timeout=0.02, reconnect=True)
         assert time.monotonic() - begun >= 0.015
+
+
+def test_close_waits_for_no_thread_that_connects():
+    with md.Service("camera"):
+        connection = md.connect("camera", timeout=None, reconnect=True)
+    errors = []
+
+    def ask():
+        try:
+            connection.shares()
+        except md.MemdescError as error:
+            errors.append(type(error))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    wait_until(lambda: not connection._lock.acquire(blocking=False) or connection._lock.release())
+    connection.close()
+    assert connection.closed
+    with md.Service("camera") as service:
+        asking.join(60)
+        wait_until(lambda: service.clients() == [])
+    assert errors == [md.ClosedError]

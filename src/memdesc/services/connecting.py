@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from memdesc.errors import AllocationError
 from memdesc.services.connection import Connection, connect
 from memdesc.services.loop import tell_if_forked
 
@@ -38,7 +40,18 @@ class _Threads:
             if self._running == _MOST:
                 return
             self._running += 1
-        threading.Thread(target=self._work, name="memdesc-connect", daemon=True).start()
+        try:
+            threading.Thread(target=self._work, name="memdesc-connect", daemon=True).start()
+        except RuntimeError as error:
+            with self._lock:
+                self._running -= 1
+                if self._running or job not in self._jobs:
+                    return  # those that there are do it
+                self._jobs.remove(job)
+            raise AllocationError(
+                f"no thread can be started to connect in: {error}; raise `ulimit -u`",
+                errno=errno.EAGAIN,
+            ) from error
 
     def _work(self) -> None:
         while True:
@@ -68,7 +81,8 @@ async def connect_async(name: str, **options: Any) -> Connection:
 
     Notes
     -----
-    It waits in one of at most 32 threads, which end when nobody connects any more.
+    It waits in one of at most 32 threads, which end when nobody connects any more. Where none can
+    be started it raises `AllocationError` (EAGAIN).
 
     Examples
     --------

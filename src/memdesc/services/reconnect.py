@@ -71,6 +71,8 @@ class ReconnectingConnection(Connection):
                     old.stay()  # its successor has gone; who was succeeded is still there
                 else:
                     self.generation += 1
+                if self.closed:  # meanwhile, by another thread
+                    self._current.close()
             return self._current
 
     @property
@@ -79,11 +81,12 @@ class ReconnectingConnection(Connection):
         return self._ended_here
 
     def close(self) -> None:
-        """End it, and connect no more. Again is a no-op."""
-        with self._lock:
-            self._ended_here = True
-            current = self._current
-        current.close()
+        """End it, and connect no more. Again is a no-op.
+
+        A thread that is connecting goes on until its service appears or its time is over.
+        """
+        self._ended_here = True  # without the lock, which who connects holds, perhaps for ever
+        self._current.close()
 
     def __getattr__(self, name: str) -> Any:
         """Give what only the connection itself has: its fields."""

@@ -116,7 +116,7 @@ def test_each_mark_only_takes_away(row: dict[str, str], state: State) -> None:
     if row["mark"] == "forked":
         in_child(lambda: None)
     elif row["mark"] == "registered":
-        life.register()
+        life.register(State)
     elif row["mark"] == "exposed":
         life.exposed = True
     else:

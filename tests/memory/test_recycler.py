@@ -269,7 +269,7 @@ def test_marked_memory_is_not_used_again(mark: str, when: str) -> None:
         if mark == "forked":
             in_child(lambda: None)
         elif mark == "registered":
-            memory.lifecycle.register()
+            memory.lifecycle.register(Contents)
         elif mark == "exposed":
             memory.lifecycle.exposed = True
         else:

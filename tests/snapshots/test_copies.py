@@ -70,7 +70,7 @@ MARKS: list[tuple[SnapshotReason, Callable[[BufferMemoryDescriptor], object]]] =
     (SnapshotReason.FORKED, lambda buffer: in_child(lambda: None)),
     (
         SnapshotReason.REGISTERED,
-        lambda buffer: buffer.memory.lifecycle.register(),
+        lambda buffer: buffer.memory.lifecycle.register(State),
     ),
     (SnapshotReason.EXPOSED, lambda buffer: buffer.memory.fileno()),
     (SnapshotReason.WIRED, lambda buffer: buffer.prepare()),

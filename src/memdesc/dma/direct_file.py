@@ -293,24 +293,24 @@ class DirectFile:
 
     def _wait(self, asks: Sequence[Ask], writing: bool, progress: Progress | None) -> Transferred:
         transfer = self._prepare(asks, writing, progress)
-        engine, why = self._take()
-        if engine is None:
-            try:
-                run_without_ring(transfer)
-                return transfer.outcome(by_ring=False, why_no_ring=why)
-            finally:
-                transfer.release()
+        engine: Engine | None = None
         try:
-            engine.run(transfer)
+            engine, why = self._take()
+            if engine is None:
+                run_without_ring(transfer)
+            else:
+                engine.run(transfer)
+                why = engine.why_not_registered
         except BaseException:
-            if engine.close():  # interrupted: what it knows may be incomplete
+            if engine is None or engine.close():  # interrupted: what it knows may be incomplete
                 transfer.release()
             raise
         try:
-            return transfer.outcome(by_ring=True, why_no_ring=engine.why_not_registered)
+            return transfer.outcome(by_ring=engine is not None, why_no_ring=why)
         finally:
             transfer.release()
-            self._give_back(engine)
+            if engine is not None:
+                self._give_back(engine)
 
     async def _await(
         self, asks: Sequence[Ask], writing: bool, progress: Progress | None

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import weakref
 from collections import deque
+from collections.abc import Callable
 
 from memdesc import _core
 from memdesc.descriptors.base import MemoryDescriptor
@@ -137,7 +138,7 @@ class Engine:
             self._refused.add(leaf)  # not to be tried for each transfer: that pins pages first
             self.why_not_registered = f"registering {piece.view.nbytes:,} bytes: " + _why(error)
             return
-        self._registered[weakref.ref(leaf, self._drop)] = registration
+        self._registered[weakref.ref(leaf, _dropping(weakref.ref(self)))] = registration
         piece.slots = registration.slots
 
     def _new_registration(self, piece: Piece) -> Registration:
@@ -306,6 +307,17 @@ class Engine:
         self._registered.clear()
         self.active.clear()
         self._in_flight.clear()
+
+
+def _dropping(engine: weakref.ref[Engine]) -> Callable[[weakref.ref[MemoryDescriptor]], None]:
+    """What ends a registration when its descriptor is collected; it does not hold the engine."""
+
+    def drop(key: weakref.ref[MemoryDescriptor]) -> None:
+        known = engine()
+        if known is not None:
+            known._drop(key)
+
+    return drop
 
 
 def forked() -> None:

@@ -19,7 +19,6 @@ from memdesc.descriptors.multi import MultiMemoryDescriptor
 from memdesc.descriptors.sub import SubMemoryDescriptor
 from memdesc.errors import InvalidArgument, SealedError
 from memdesc.mapping import check_range
-from memdesc.memory.lifecycle import Lifecycle
 from memdesc.memory.memfd import OwnedObject, find_owned
 from memdesc.vm.pages import MAX_LENGTH, check_integer
 from memdesc.vm.regions import regions_in
@@ -29,24 +28,24 @@ GIB = 30
 """A registered buffer has at most 1 GiB (io_uring_register(2)); longer memory has several."""
 
 
-class Mark:
-    """Tells the life of a buffer's memory that a device has it, until it is released."""
+class _Token:
+    __slots__ = ("__weakref__",)
 
-    __slots__ = ("_lifecycle", "_token")
+
+class Mark:
+    """Tells the life of a buffer's memory that a device has it, as long as this lives."""
+
+    __slots__ = ("_token",)
 
     def __init__(self, object_: OwnedObject) -> None:
+        self._token: _Token | None = _Token()  # kept before it counts: an interrupt comes anywhere
         with object_.lock:
             object_.own_fd()  # moves it to memory of its own, if it shares that with a snapshot
-            self._lifecycle: Lifecycle = object_.lifecycle
-            self._token = self._lifecycle.register()
+            object_.lifecycle.register(self._token)
 
     def release(self) -> None:
         """Undo it; again is a no-op. Takes no lock: the collector may call it."""
-        self._lifecycle.unregister(self._token)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_token"):
-            self.release()
+        self._token = None
 
 
 @dataclass(slots=True)

@@ -143,7 +143,8 @@ class Transfer:
             stages: list[bool | None] = [None]
         else:
             stages = [True, False] if writing else [None]
-        self._stages = deque(self._cut_all(stage) for stage in stages)
+        self._stages = deque(stages)
+        self._requests_left: Iterator[Request] | None = None  # of the first stage, once begun
 
     def _total(self) -> int:
         """Count what is to be done. No block is read behind the end of the file.
@@ -229,12 +230,15 @@ class Transfer:
 
     def _next_of_stage(self) -> Request | None:
         while self._stages and self.failure is None:
-            request = next(self._stages[0], None)
+            if self._requests_left is None:
+                self._requests_left = self._cut_all(self._stages[0])
+            request = next(self._requests_left, None)
             if request is not None:
                 return request
             if self.in_flight and len(self._stages) > 1:
                 return None  # a write's edges wait for what is direct
             self._stages.popleft()
+            self._requests_left = None
         return None
 
     def put_back(self, request: Request) -> None:
@@ -365,15 +369,17 @@ class Transfer:
         """Bytes before the first that was not transferred, of each part."""
         for request in self._again:
             self._missed(request)
-        for stage in self._stages:
-            for request in stage:
+        for request in self._requests_left or ():
+            self._missed(request)
+        for stage in list(self._stages)[self._requests_left is not None :]:
+            for request in self._cut_all(stage):
                 self._missed(request)
         ends = [min(part.end, part.missing) - part.file_offset for part in self.parts]
         return sum(max(end, 0) for end in ends)
 
     def release(self) -> None:
         """Let go of the memory and of the file, once."""
-        self.failure = None
+        self.failure = self._requests_left = None  # which hold this transfer
         if self._released:
             return
         self._released = True

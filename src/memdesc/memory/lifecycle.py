@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import os
+import weakref
 from dataclasses import dataclass
 from enum import Enum
 
@@ -107,7 +108,7 @@ class Lifecycle:
 
     def __init__(self, max_access: Access) -> None:
         self.max_access = max_access
-        self._registered: set[object] = set()
+        self._registered: list[weakref.ref[object]] = []
         self.exposed = False
         self.grantees: set[int] = set()  # user ids; who may have kept a handle
         self._state = State.PRIVATE
@@ -126,20 +127,15 @@ class Lifecycle:
     @property
     def registrations(self) -> int:
         """How many devices have the memory now: a ring of io_uring, or a transfer under way."""
-        return len(self._registered)
+        return sum(1 for token in self._registered if token() is not None)
 
-    def register(self) -> object:
-        """Note that a device has the memory; the object is locked. Gives what ends it.
+    def register(self, token: object) -> None:
+        """Note that a device has the memory as long as the token lives; the object is locked.
 
-        Not a count: it is ended by whatever thread lets go, also the collector, without a lock.
+        So it ends by whatever lets go of the token, an interrupt too, without a lock.
         """
-        token = object()
-        self._registered.add(token)
-        return token
-
-    def unregister(self, token: object) -> None:
-        """Note that it has it no more; again is a no-op."""
-        self._registered.discard(token)
+        alive = [known for known in self._registered if known() is not None]
+        self._registered = [*alive, weakref.ref(token)]
 
     @property
     def forked(self) -> bool:

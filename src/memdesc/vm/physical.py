@@ -142,9 +142,9 @@ def physical_runs(spans: Iterable[tuple[int, int]]) -> list[PhysicalSegment]:
 
     Parameters
     ----------
-    spans : iterable of (address, length)
-        Of memory that is in memory; the page table is filled first, which wired memory needs after
-        it was mapped.
+    spans : iterable of tuple of int
+        Address and length of each, of what is in memory; the page table is filled first, which
+        wired memory needs after it was mapped.
 
     Linux: as `frames`, and MADV_POPULATE_READ.
 

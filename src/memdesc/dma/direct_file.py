@@ -286,8 +286,8 @@ class DirectFile:
             _check_in_file(file, checked)
         targets = hold(checked, writes_memory=not writing)
         parts = [
-            Part(targets[descriptor], offset, file_offset, length)
-            for descriptor, file_offset, length, offset in checked
+            Part(targets[descriptor], offset, at, at + length, at + length)
+            for descriptor, at, length, offset in checked
         ]
         return Transfer(file, parts, writing=writing, block_size=self.block_size, progress=progress)
 

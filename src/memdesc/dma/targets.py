@@ -194,21 +194,21 @@ Checked = tuple[MemoryDescriptor, int, int, int]
 def check_asks(asks: Iterable[Ask]) -> list[Checked]:
     """Check what is asked for; all of it before anything is done."""
     checked: list[Checked] = []
-    lengths: dict[int, int] = {}  # by id: what is no descriptor need not be hashable
+    known, nbytes = None, -1
     for ask in asks:
         descriptor, file_offset, length, offset = ask
-        known = lengths.get(id(descriptor), -1)
         # The common case of many small ones, at a third of the time.
         if (
-            type(file_offset) is type(length) is type(offset) is int
+            descriptor is known
+            and type(file_offset) is type(length) is type(offset) is int
             and 0 <= file_offset < 1 << 60
             and offset >= 0
-            and 0 <= length <= known - offset
+            and 0 <= length <= nbytes - offset
         ):
-            checked.append((descriptor, file_offset, length, offset))
+            checked.append(ask)  # type: ignore[arg-type]
         else:
             checked.append(_check(*ask))
-            lengths[id(descriptor)] = descriptor.length
+            known, nbytes = descriptor, descriptor.length
     return checked
 
 

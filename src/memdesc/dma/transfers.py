@@ -21,6 +21,8 @@ from enum import Enum
 from functools import partial
 from typing import NamedTuple
 
+import msgspec
+
 from memdesc.dma.files import OpenedFile
 from memdesc.dma.targets import Piece, Target
 from memdesc.errors import TransferError
@@ -69,16 +71,26 @@ class Transferred:
     reasons: tuple[str, ...]
 
 
-class Part:
-    """A range of memory and one of the file. `end`: how far in the file it got, so far as known."""
+class Part(msgspec.Struct, gc=False):
+    """A range of memory and one of the file.
 
-    __slots__ = ("end", "file_offset", "missing", "offset", "target")
+    Attributes
+    ----------
+    target : Target
+    offset : int
+        In the descriptor.
+    file_offset : int
+    end : int
+        Of the range in the file; so far as is known, where the file ends in it.
+    missing : int
+        Where the first request failed, or was not made; else the end.
+    """
 
-    def __init__(self, target: Target, offset: int, file_offset: int, length: int) -> None:
-        self.target = target
-        self.offset = offset
-        self.file_offset = file_offset
-        self.end = self.missing = file_offset + length
+    target: Target
+    offset: int
+    file_offset: int
+    end: int
+    missing: int
 
 
 class Request(NamedTuple):

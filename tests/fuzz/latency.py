@@ -97,7 +97,9 @@ def measure(corpus: Path, seconds: float) -> dict[str, Figures]:
             for situation, path in paths.items():
                 with contextlib.ExitStack() as stack:
                     if path is not None:
-                        stack.enter_context(started("latency.py", "--attack", path, str(corpus)))
+                        attacker = started("latency.py", "--attack", path, str(corpus.resolve()))
+                        if stack.enter_context(attacker) != "ready":
+                            raise RuntimeError("the attacker did not start")
                     took[situation] += round_trips(mine, min(seconds, 1.0))
     return {situation: Figures.of(times) for situation, times in took.items()}
 

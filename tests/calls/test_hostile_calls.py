@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+from puppets import wait_until
 
 import memdesc as md
 from memdesc import _core
@@ -238,6 +240,41 @@ def test_memory_that_nobody_paid_for_is_not_copied(stranger: Stranger) -> None:
     with sealed(size) as fd:
         answer = stranger.call(arguments=encode(None), memory=(given(size),), fds=[fd], record=0)
     assert (answer.error, answer.errno) == ("InvalidArgument", errno.E2BIG)
+
+
+def test_descriptors_beside_the_calls_of_one_task_are_bounded(
+    service: md.Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often it is connected: a quarter of all that the service may have."""
+    gate = threading.Event()
+    record = msgspec.Raw(encode(((), {})))
+
+    @service.method
+    def hold() -> None:
+        assert gate.wait(30)
+
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, hard))
+    with sealed() as fd, ExitStack() as stack:
+        strangers = [Stranger(service.path) for _ in range(5)]
+        for one in strangers:
+            stack.callback(one.sock.close)
+        for one in strangers[:4]:
+            one.say(protocol.Call(1, "hold", record, (given(),) * 64), [fd] * 64)
+            one.say(protocol.Call(2, "nope", record))
+            assert one.hear().error == "MethodNotFoundError"  # so the first has been taken
+        last = strangers[4]
+        last.say(protocol.Call(1, "hold", record, (given(),)), [fd])
+        assert (answer := last.hear()).errno == errno.EDQUOT, answer
+        last.say(protocol.Call(2, "hold", record))
+        gate.set()
+        assert isinstance(last.hear(), protocol.Returned)
+        strangers[0].sock.close()
+        for one in strangers[1:4]:
+            assert isinstance(one.hear(), protocol.Returned)
+        wait_until(lambda: not service._held._held)
+        last.say(protocol.Call(3, "hold", record, (given(),)), [fd])
+        assert isinstance(last.hear(), protocol.Returned)
 
 
 def test_lent_memory_that_is_not_there(stranger: Stranger) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -65,6 +66,22 @@ def test_descriptors_are_kept_for_those_who_are_in(monkeypatch):
             assert len(connection.map("it")) == 100
         with md.connect("camera"):
             pass
+
+
+def test_who_does_not_read_has_none_of_the_last_descriptors(monkeypatch):
+    """What waits for it to read takes descriptors here."""
+    monkeypatch.setattr(accepting, "RESERVE", 12)
+    with md.Service("camera") as service, md.connect("camera") as connection:
+        service.share("it", md.BufferMemoryDescriptor(100))
+        with Stranger(service.path) as one, full_table() as fillers:
+            one.greet()
+            for _ in range(24):
+                os.close(fillers.pop())
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                for number in range(1000):
+                    one.send(protocol.OpenShare(number, "it"))
+            wait_until(lambda: len(service.clients()) == 1)
+            assert len(connection.map("it")) == 100
 
 
 def test_no_descriptor_limit_turns_nobody_away(monkeypatch):

@@ -44,7 +44,8 @@ STRANGERS = 128
 BURST = 128
 """Connections that are taken at once, whatever the rate."""
 RESERVE = 128
-"""Descriptors (at most a quarter of all) that no new client gets: they serve those who are in."""
+"""Descriptors (at most a quarter of all) that no new client gets, and none waits in for a client to
+read: they serve those who are in."""
 _PAUSE = 0.01
 """Seconds at least that connections wait when they come too fast: so several are taken at a time,
 and not one with every turn of the I/O thread."""
@@ -181,10 +182,9 @@ class Accepting:
 
     def _has_room(self, sock: sockets.socket) -> bool:
         """Whether there are descriptors for one more client; else it is turned away."""
-        # The lowest free number is given out: below this one all are taken.
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        if most == resource.RLIM_INFINITY or sock.fileno() < most - min(RESERVE, most // 4):
+        if not _is_of_reserve(sock.fileno()):
             return True
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         log.warning("service.no_descriptors", extra={"service": self.name})
         refusal = AccessDeniedError(
             f"service {self.name!r} takes no further client: of its {most:,} descriptors no more "
@@ -322,6 +322,9 @@ class Accepted(Peer):
         self.admitted = False
         self._service: Service | None = service
 
+    def _may_keep(self, fd: int) -> bool:
+        return not _is_of_reserve(fd)
+
     def _greet(self, service: Service, hello: protocol.Hello) -> None:
         if hello.version != protocol.VERSION:
             raise ProtocolError(
@@ -342,6 +345,13 @@ class Accepted(Peer):
         service, self._service = self._service, None
         if service is not None:
             service._left(self)
+
+
+def _is_of_reserve(fd: int) -> bool:
+    """Whether hardly any descriptors are left, when this one has just been had."""
+    # The lowest free number is given out: below this one all are taken.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return most != resource.RLIM_INFINITY and fd >= most - min(RESERVE, most // 4)
 
 
 def allows(rule: Allow | None, client: Accepted, what: str) -> bool:

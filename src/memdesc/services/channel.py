@@ -193,10 +193,18 @@ class Channel:
                 self._queue and self._queued_fds + len(fds) > _QUEUE_FDS
             ):
                 return False
-            self._queue.append((data, duplicates(fds)))
+            waiting = duplicates(fds)
+            if waiting and not self._may_keep(max(waiting)):
+                close_all(waiting)
+                return False
+            self._queue.append((data, waiting))
             self._queued_fds += len(fds)
             self._loop.post(self._write_waiting)
             return True
+
+    def _may_keep(self, fd: int) -> bool:
+        """Whether a descriptor of that number may wait for the peer to read."""
+        return True
 
     def _try_send(self, data: bytes, fds: Sequence[int]) -> bool:
         """Send, or say that there is no room."""

@@ -5,8 +5,11 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import resource
 import socket as sockets
+import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
@@ -33,12 +36,44 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 _physical = os.sysconf("SC_PHYS_PAGES") * page_size
 
 
+class _Held:
+    """File descriptors beside the calls in flight, by task: one has at most a quarter of all."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: Counter[Task] = Counter()
+
+    def take(self, task: Task, files: int) -> None:
+        """Count a call's; `LimitError` where that task has too many."""
+        total = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        most = max(total // 4, MAX_MEMORY) if total != resource.RLIM_INFINITY else 1 << 30
+        with self._lock:
+            held = self._held[task] + files
+            if held <= most:
+                self._held[task] = held
+                return
+        raise LimitError(
+            f"the calls of task {task.pid} that are in flight would have {held:,} descriptors "
+            f"beside them, of {most:,} that one task may have: wait for some, or raise the "
+            "service's `ulimit -n`",
+            errno=errno.EDQUOT,
+        )
+
+    def give_back(self, task: Task, files: int) -> None:
+        """Count them no more."""
+        with self._lock:
+            self._held[task] -= files
+            if not self._held[task]:
+                del self._held[task]
+
+
 class Calling(Accepting):
     """What a service has of it."""
 
     def __init__(self, name: str, allow: Allow | None, limits: Limits) -> None:
         self._methods: dict[str, Method] = {}
         self._events: AbstractEventLoop | None = None
+        self._held = _Held()
         self._work_with(Workers())  # which starts none
         super().__init__(name, allow, limits)
 
@@ -149,6 +184,7 @@ class CallingClient(Accepted):
     def __init__(self, service: Service, sock: sockets.socket, task: Task) -> None:
         super().__init__(service, sock, task)
         self._calls: dict[int, Running] = {}
+        self._held = service._held
 
     def _handle(self, message: Any, fds: list[int], lost: bool) -> None:
         if isinstance(message, protocol.Call):
@@ -177,6 +213,8 @@ class CallingClient(Accepted):
             self._check_call(call, files)
             method = service._method(call.method)
             events = service._loop_of(method)
+            if files:
+                self._held.take(self.task, files)
         except MemdescError as error:
             self._send_if_there(failed(call.id, error))
             return
@@ -229,6 +267,7 @@ class CallingClient(Accepted):
             running = self._calls.pop(number, None)
         if running is None:
             return  # its client has gone
+        self._give_back(running)
         try:
             self._send_if_there(answer, fds)
         except MemdescError as error:  # it is too large, or this process has no descriptor left
@@ -240,4 +279,9 @@ class CallingClient(Accepted):
             calls = list(self._calls.values())
             self._calls.clear()
         for running in calls:
+            self._give_back(running)
             running.cancel()
+
+    def _give_back(self, running: Running) -> None:
+        if running.files:
+            self._held.give_back(self.task, running.files)

@@ -6,6 +6,7 @@ Its mappings and views are tested in test_core_memory.py.
 import ast
 import errno
 import fcntl
+import inspect
 import os
 import re
 import shutil
@@ -77,6 +78,12 @@ def test_the_functions_have_the_parameters_of_the_contract() -> None:
         if isinstance(node, ast.FunctionDef)
     }
     assert written == stated
+
+
+def test_methods_tell_their_parameters() -> None:
+    """For help() and the reference: a builtin has no signature unless its text begins with it."""
+    assert list(inspect.signature(_core.RingProducer.enqueue).parameters)[1:] == ["data", "timeout"]
+    assert list(inspect.signature(_core.StreamPool.loan).parameters)[1:] == ["timeout"]
 
 
 def test_every_header_compiles_alone() -> None:

@@ -1,5 +1,5 @@
-# cython: language_level=3, binding=False, embedsignature=False
-# cython: freethreading_compatible=True, boundscheck=False
+# cython: language_level=3, binding=False, embedsignature=True
+# cython: freethreading_compatible=True, boundscheck=False, embedsignature.format=clinic
 """The compiled core: system calls and the exporters of memory. It decides nothing.
 
 Everything takes integers and buffers. Every failure is an `OSError` whose errno is the

@@ -231,7 +231,7 @@ class Transfer:
 
     def next(self) -> Request | None:
         """Give the next request to carry out; None if there is none now."""
-        if self._again:
+        if self._again and self.failure is None:
             request: Request | None = self._again.popleft()
         else:
             request = self._next_of_stage()

@@ -170,7 +170,7 @@ def test_a_client_listens_to_so_many_names() -> None:
         with connection.events("b", "a"):  # listened to already
             pass
         assert refusal(lambda: connection.events("b", "c", "d")) == (
-            "AllocationError",
+            "LimitError",
             errno.EDQUOT,
         )
         wait_until(lambda: service.notify("c") == 0)  # what it had got of them is given back

@@ -147,7 +147,7 @@ def test_questions_without_end(service: md.Service, monkeypatch: pytest.MonkeyPa
         for number in range(8):
             one.send(protocol.OpenQueue(number, "samples"))
         refused = [one.receive()[0] for _ in range(5)]
-        assert {(it.error, it.errno) for it in refused} == {("AllocationError", errno.EDQUOT)}
+        assert {(it.error, it.errno) for it in refused} == {("LimitError", errno.EDQUOT)}
         gate.set()
         answers = []
         for _ in range(3):

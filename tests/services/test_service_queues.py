@@ -342,7 +342,7 @@ def test_quotas_count_what_is_open() -> None:
         for name in "abc":
             service.queue(name, capacity=SIZE)
         first, second = connection.queue("a"), connection.queue("b")
-        assert refusal(lambda: connection.queue("c")) == ("AllocationError", errno.EDQUOT)
+        assert refusal(lambda: connection.queue("c")) == ("LimitError", errno.EDQUOT)
         first.close()
         third = connection.queue("c")  # what was closed counts no more
         with md.connect("gauge") as other:  # nor does another's
@@ -355,7 +355,7 @@ def test_quotas_count_what_is_open() -> None:
             wired = connection.queue("w")
         except md.AllocationError as error:
             pytest.skip(f"memory can not be wired here: {error}")
-        assert refusal(lambda: connection.queue("x")) == ("AllocationError", errno.EDQUOT)
+        assert refusal(lambda: connection.queue("x")) == ("LimitError", errno.EDQUOT)
         wired.close()
         connection.queue("x").close()
 

@@ -79,11 +79,11 @@ def test_what_a_client_asks_is_checked(service: md.Service) -> None:
         for options in ({"loans": 0}, {"depth": 0}, {"depth": 101}):
             with pytest.raises(md.InvalidArgument):
                 connection.subscribe("video", **options)  # type: ignore[arg-type]
-        with pytest.raises(md.AllocationError, match="loans") as caught:
+        with pytest.raises(md.LimitError, match="loans") as caught:
             connection.subscribe("video", loans=65)
         assert caught.value.errno == errno.EDQUOT
         subscriptions = [connection.subscribe("video", loans=16) for _ in range(4)]
-        with pytest.raises(md.AllocationError):
+        with pytest.raises(md.LimitError):
             connection.subscribe("video", loans=1)
         subscriptions[0].close()
         connection.subscribe("video", loans=16).close()

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Self, final
 import msgspec
 
 from memdesc.errors import (
-    AllocationError,
     ClosedError,
     InvalidArgument,
+    LimitError,
     MemdescError,
     ProtocolError,
     TimedOutError,
@@ -120,7 +120,7 @@ class NotifiedClient(Accepted):
         with self._lock:
             most = self.limits.events
             if request.name not in self._listens and len(self._listens) >= most:
-                raise AllocationError(
+                raise LimitError(
                     f"task {self.task.pid} listens to {most:,} events of the service, the most "
                     "that one client may: close some, or let it say limits=Limits(events=…)",
                     errno=errno.EDQUOT,
@@ -188,7 +188,7 @@ class Listening(Link):
 
         Raises
         ------
-        AllocationError
+        LimitError
             This client listens to as many names as the service lets it (EDQUOT).
         InvalidArgument, TimedOutError, PeerGoneError, ClosedError
 

@@ -9,8 +9,8 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from memdesc.errors import (
-    AllocationError,
     InvalidArgument,
+    LimitError,
     MemdescError,
     PeerGoneError,
     ProtocolError,
@@ -231,7 +231,7 @@ class StreamingClient(Accepted):
         self._subscribers = [known for known in self._subscribers if not known[1].gone]
         kept = request.loans + sum(subscriber.loans for _, subscriber, _ in self._subscribers)
         if kept > self.limits.loans:
-            raise AllocationError(
+            raise LimitError(
                 f"task {self.task.pid} would hold {kept:,} slots of the service's streams, which "
                 f"lets each client have {self.limits.loans:,}: close some subscriptions, or let it "
                 "say limits=Limits(loans=…)",
@@ -348,9 +348,10 @@ class Subscribing(Link):
         ------
         ShareNotFoundError
             The service had none in that time, or not for this client (ENOENT).
+        LimitError
+            It would keep more slots than the service lets a client have (EDQUOT).
         AllocationError
-            The stream has no slots left for one more (EDQUOT), or the service lets a client have no
-            more.
+            The stream has no slots left for one more (EDQUOT).
         InvalidArgument
             The stream does not allow that policy, or the numbers make no sense.
         TimedOutError, PeerGoneError, ClosedError

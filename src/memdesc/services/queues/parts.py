@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from memdesc.errors import (
     AllocationError,
     InvalidArgument,
+    LimitError,
     MemdescError,
     ProtocolError,
     ShareNotFoundError,
@@ -206,7 +207,7 @@ class QueueingClient(Accepted):
             return
         try:
             if len(self._openings) >= _OPENINGS:
-                raise AllocationError(
+                raise LimitError(
                     f"task {self.task.pid} is opening {_OPENINGS} queues already: let it wait for "
                     "the answers",
                     errno=errno.EDQUOT,
@@ -217,7 +218,7 @@ class QueueingClient(Accepted):
             except BaseException:
                 self._openings.pop()
                 raise
-        except AllocationError as error:
+        except (AllocationError, LimitError) as error:
             self._send_if_there(failed(request.id, error))
 
     def _open_now(self, service: Queueing, request: protocol.OpenQueue) -> None:
@@ -257,7 +258,7 @@ class QueueingClient(Accepted):
         nbytes = wanted.nbytes + sum(known.nbytes for known in theirs)
         most = getattr(self.limits, limit)
         if nbytes > most:
-            raise AllocationError(
+            raise LimitError(
                 f"task {self.task.pid} would have queues of {nbytes:,} bytes of the service, which "
                 f"lets each have {most:,}: close some, or let it say limits=Limits({limit}=…)",
                 errno=errno.EDQUOT,
@@ -308,8 +309,10 @@ class QueuedTo(Link):
         InvalidArgument
             This client has it open, or what it put in before waits to be taken (EBUSY): a queue
             has one end on each side.
-        AllocationError
+        LimitError
             It would go beyond what the service lets a client have (EDQUOT).
+        AllocationError
+            The service, or this process, has no memory or descriptor left for it.
         TimedOutError, PeerGoneError, ClosedError
         """
         answer, fds = self._ask_about(protocol.OpenQueue, name, protocol.QueueOpened, timeout)

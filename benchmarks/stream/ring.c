@@ -16,19 +16,33 @@ struct side {
     _Alignas(64) _Atomic uint64_t count;
 };
 
-/* Fresh data, as it comes from a device: out of memory that no cache holds, another part each time.
- * Both ends of a block tell its number. */
+/* Fresh data of two kinds. Copied: out of memory that no cache holds, another part each time, as fast
+ * as this machine copies; both ends of a block tell its number. Computed: each word anew, of its
+ * place and the block's number, a few cycles each; the reader computes it too, and compares. */
 #define SOURCE ((size_t)128 << 20)
 
 static char *source;
+static int computed;
+
+static inline uint64_t word_of(uint64_t number, size_t at) {
+    uint64_t x = (number << 32 | at) * UINT64_C(0x9e3779b97f4a7c15);
+    x = (x ^ x >> 29) * UINT64_C(0xbf58476d1ce4e5b9);
+    return x ^ x >> 32;
+}
 
 static void fill(char *at, size_t nbytes, uint64_t number) {
+    uint64_t *words = (uint64_t *)at;
+    if (computed) {
+        for (size_t word = 0; word < nbytes / 8; word++)
+            words[word] = word_of(number, word);
+        return;
+    }
     for (size_t done = 0, part; done < nbytes; done += part) {
         size_t from = (number * nbytes + done) % SOURCE;
         part = nbytes - done < SOURCE - from ? nbytes - done : SOURCE - from;
         memcpy(at + done, source + from, part);
     }
-    *(uint64_t *)at = *(uint64_t *)(at + nbytes - 8) = number;
+    words[0] = words[nbytes / 8 - 1] = number;
 }
 
 static volatile uint64_t sink;
@@ -36,12 +50,15 @@ static volatile uint64_t sink;
 /* Every byte read: 0, or 1 where it is not the block of that number. */
 static int read_all(const char *at, size_t nbytes, uint64_t number) {
     const uint64_t *words = (const uint64_t *)at;
-    uint64_t sums[8] = {0};
-    for (size_t word = 0; word < nbytes / 8; word += 8)
-        for (int lane = 0; lane < 8; lane++)
-            sums[lane] += words[word + lane];
-    for (int lane = 0; lane < 8; lane++)
-        sink += sums[lane];
+    uint64_t sum = 0;
+    if (computed) {
+        for (size_t word = 0; word < nbytes / 8; word++)
+            sum |= words[word] ^ word_of(number, word);
+        return sum != 0;
+    }
+    for (size_t word = 0; word < nbytes / 8; word++)
+        sum += words[word];
+    sink = sum;
     return words[0] != number || words[nbytes / 8 - 1] != number;
 }
 
@@ -106,6 +123,14 @@ static PyObject *py_read(PyObject *self, PyObject *const *arguments, Py_ssize_t 
     return PyBool_FromLong(read_all((char *)of[0], of[1], of[2]));
 }
 
+static PyObject *py_choose(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
+    uint64_t kind;
+    if (numbers(arguments, given, &kind, 1) < 0)
+        return NULL;
+    computed = kind != 0;
+    Py_RETURN_NONE;
+}
+
 static PyObject *py_produce(PyObject *self, PyObject *const *arguments, Py_ssize_t given) {
     uint64_t of[8];
     if (numbers(arguments, given, of, 8) < 0)
@@ -125,6 +150,7 @@ static PyObject *py_consume(PyObject *self, PyObject *const *arguments, Py_ssize
 static PyMethodDef methods[] = {
     {"fill", (PyCFunction)(void (*)(void))py_fill, METH_FASTCALL, "address, nbytes, number"},
     {"read", (PyCFunction)(void (*)(void))py_read, METH_FASTCALL, "whether it is not that block"},
+    {"choose", (PyCFunction)(void (*)(void))py_choose, METH_FASTCALL, "0: copied, 1: computed"},
     {"produce", (PyCFunction)(void (*)(void))py_produce, METH_FASTCALL, "as in C"},
     {"consume", (PyCFunction)(void (*)(void))py_consume, METH_FASTCALL, "as in C"},
     {NULL},

@@ -216,10 +216,12 @@ def test_what_can_not_travel_is_refused_before_anything_is_sent(
     ):
         with pytest.raises(md.InvalidArgument):
             client.call("take", value)
-    with pytest.raises(md.InvalidArgument):
+    with pytest.raises(md.InvalidArgument) as caught:
         client.call("take", 1, into=b"read-only")
-    with pytest.raises(md.InvalidArgument):
+    assert caught.value.errno == errno.EINVAL
+    with pytest.raises(md.InvalidArgument) as caught:
         client.call("take", 1, into=bytearray())
+    assert caught.value.errno == errno.EINVAL
     with pytest.raises(md.InvalidArgument):
         client.call("take", 1, returns=threading.Lock)
     assert client.call("take", np.float32(1.5)) == 1.5

@@ -100,9 +100,13 @@ class Outgoing:
         if not isinstance(target, MemoryDescriptor):
             view = bytes_of(target)
             if view.readonly:
-                raise InvalidArgument("into= is read-only: give a writable buffer or descriptor")
+                raise InvalidArgument(
+                    "into= is read-only: give a writable buffer or descriptor", errno=errno.EINVAL
+                )
             if not view.nbytes:
-                raise InvalidArgument("into= has no bytes: give a buffer of at least one")
+                raise InvalidArgument(
+                    "into= has no bytes: give a buffer of at least one", errno=errno.EINVAL
+                )
             descriptor = PythonBufferDescriptor(view, Direction.IN)
         if isinstance(descriptor, (PythonBufferDescriptor, AddressRangeDescriptor)):
             return self._describe(descriptor, Direction.IN)
@@ -156,8 +160,8 @@ class Outgoing:
         if isinstance(value, np.generic):
             return value.item()
         raise InvalidArgument(
-            f"a {type(value).__name__} can not travel: give scalars, text, bytes, lists, dicts, "
-            "dataclasses, Structs, arrays or descriptors",
+            f"what is of type {type(value).__name__} can not travel: give scalars, text, bytes, "
+            "lists, dicts, dataclasses, Structs, arrays or descriptors",
             errno=errno.EINVAL,
         )
 
@@ -166,7 +170,9 @@ class Outgoing:
 
         kind = array.dtype
         if kind.hasobject or kind.names or not kind.itemsize:
-            raise InvalidArgument(f"an array of dtype {kind} can not travel: give its bytes")
+            raise InvalidArgument(
+                f"an array of dtype {kind} can not travel: give its bytes", errno=errno.EINVAL
+            )
         source: int | bytes
         if array.nbytes <= self._inline:
             source = array.tobytes()
@@ -218,7 +224,9 @@ class Outgoing:
 
     def _lend(self, view: memoryview, direction: Direction) -> int:
         if direction.writes_memory and view.readonly:
-            raise InvalidArgument(f"{view.nbytes:,} read-only bytes can not be filled")
+            raise InvalidArgument(
+                f"{view.nbytes:,} read-only bytes can not be filled", errno=errno.EINVAL
+            )
         self.kept.append(view)
         return self._add_lent(_core.buffer_address(view)[0], view.nbytes, direction)
 

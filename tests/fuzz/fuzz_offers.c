@@ -69,8 +69,9 @@ static void check_books(void) {
     }
     MUST(free_slots == pool.free_count);
     for (uint32_t i = 0; i < pool.free_count; i++) {
-        MUST(pool.free[i] < SLOTS && users[pool.free[i]] == 0);
-        users[pool.free[i]] = 1; /* so that none is there twice */
+        uint32_t slot = pool.free[(pool.free_first + i) % SLOTS];
+        MUST(slot < SLOTS && users[slot] == 0);
+        users[slot] = 1; /* so that none is there twice */
     }
 }
 

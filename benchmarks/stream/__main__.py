@@ -10,7 +10,8 @@ with one reader, also `copied` out of memory that no cache holds, as fast as the
 Then a block of 64 KiB is filled in 2 us where nothing else runs, and the half microsecond that
 Python takes for a block shows.
 
-Every slot was used before the clock starts. Rounds of all of them alternate. What counts is the
+Every way has the same slots: 1 MiB of them, from 8 to 256 (iceoryx2 more, which it needs to get along
+with). Every slot was used before the clock starts. Rounds of all of them alternate. What counts is the
 time until the slowest reader has all. What holds: at least 0.90 of the bare ring, with one reader,
 computed at 64 KiB and above, copied at 256 KiB and above; ahead of iceoryx2, shared_memory and
 pyzmq at every size, or equal within the spread.
@@ -35,19 +36,24 @@ from ways import WAYS, Way, library
 KIB, MIB = 1 << 10, 1 << 20
 SIZES = (4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB)
 READERS = (1, 2, 4)
-SLOTS = 8
 KINDS = ("copied", "computed")
 PATIENCE = 600.0  # seconds, for a way that is slow on a busy machine
 OTHERS = ("shared_memory", "iceoryx2", "pyzmq")
 
 
+def slots_for(nbytes: int) -> int:
+    """Small blocks have more: enough to work on while another process has the CPU."""
+    return min(max(MIB // nbytes, 8), 256)
+
+
 def one(kind: type[Way], nbytes: int, readers: int, count: int) -> float:
     """Bytes a second, as the slowest reader had them."""
     context = multiprocessing.get_context("fork")
-    way = kind(nbytes, SLOTS, readers)
+    slots = slots_for(nbytes)
+    way = kind(nbytes, slots, readers)
     gate = context.Barrier(readers + 1)
     ends = context.Array(ctypes.c_double, readers, lock=False)
-    warm = 2 * SLOTS
+    warm = 2 * slots
 
     def consume(reader: int) -> None:
         way.enter(reader)

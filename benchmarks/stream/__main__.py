@@ -10,11 +10,11 @@ with one reader, also `copied` out of memory that no cache holds, as fast as the
 Then a block of 64 KiB is filled in 2 us where nothing else runs, and the half microsecond that
 Python takes for a block shows.
 
-Every way has the same slots: 1 MiB of them, from 8 to 256 (iceoryx2 more, which it needs to get along
-with). Every slot was used before the clock starts. Rounds of all of them alternate. What counts is the
-time until the slowest reader has all. What holds: at least 0.90 of the bare ring, with one reader,
-computed at 64 KiB and above, copied at 256 KiB and above; ahead of iceoryx2, shared_memory and
-pyzmq at every size, or equal within the spread.
+Every way has the same slots: 1 MiB of them, from 8 to 256 (iceoryx2 more, which it needs to get
+along with). Every slot was used before the clock starts. Rounds of all of them alternate. What
+counts is the time until the slowest reader has all. What holds: at least 0.90 of the bare ring,
+with one reader, computed at 64 KiB and above, copied at 256 KiB and above; ahead of iceoryx2,
+shared_memory and pyzmq at every size, or equal within the spread.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from memdesc.services.logs import log
 from memdesc.services.loop import Loop, loop, tell_if_forked
 from memdesc.services.peer import Peer
 from memdesc.services.rate import Bucket
+from memdesc.vm.forks import Condition
 from memdesc.vm.task import Task
 
 if TYPE_CHECKING:
@@ -61,8 +62,7 @@ class Accepting:
         self.name = name
         self.limits = check_limits(limits)
         self._allow = allow
-        self._lock = threading.RLock()
-        self._joining = threading.Condition(self._lock)
+        self._lock = self._joining = Condition()
         self._clients: list[Accepted] = []
         self._of_task: Counter[Task] = Counter()
         self._unseen: list[Accepted] = []
@@ -296,8 +296,7 @@ class Accepting:
 
     def forked(self) -> None:
         """In a fork child: the service stays the parent's."""
-        self._lock = threading.RLock()
-        self._joining = threading.Condition(self._lock)
+        self._lock = self._joining = Condition()
         self._finalizer.detach()
         if not self._closed:
             self._closed = True

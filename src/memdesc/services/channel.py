@@ -13,7 +13,6 @@ import logging
 import os
 import selectors
 import socket as sockets
-import threading
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -31,6 +30,7 @@ from memdesc.handover import close_all, discard, discard_unread, receive_once, t
 from memdesc.services import protocol
 from memdesc.services.failures import no_descriptor
 from memdesc.services.loop import Loop, loop, tell_if_forked
+from memdesc.vm.forks import Condition
 from memdesc.vm.task import Task
 
 log = logging.getLogger("memdesc.services")
@@ -59,7 +59,7 @@ class Channel:
         self._loop: Loop = loop()
         # Our own: the program may close its Task, and epoll would then watch nobody.
         self._life = _Life(sock, task)
-        self._lock = threading.RLock()
+        self._lock = Condition()
         self._gone: MemdescError | None = None
         self._queue: deque[tuple[bytes, list[int]]] = deque()
         self._queued_fds = 0
@@ -110,7 +110,7 @@ class Channel:
 
     def forked(self) -> None:
         """In a fork child: the connection stays the parent's."""
-        self._lock = threading.RLock()  # another thread of the parent may have held it
+        self._lock = Condition()  # another thread of the parent may have held it
         self._finalizer.detach()
         if self._gone is None:
             self._gone = ClosedError(

@@ -30,6 +30,7 @@ from memdesc.services.limits import Limits
 from memdesc.services.link import Link
 from memdesc.services.loop import Loop, tell_if_forked
 from memdesc.services.readable import Incoming
+from memdesc.vm.forks import Condition
 from memdesc.vm.task import Task
 
 if TYPE_CHECKING:
@@ -320,7 +321,7 @@ class Events(Incoming[Event]):
     def __init__(self, connection: Listening, names: tuple[str, ...]) -> None:
         self.names = names
         self._connection = connection
-        self._changed = threading.Condition()
+        self._changed = Condition()
         self._waiting: dict[str, tuple[bytes, int]] = {}
         self._closed = self._inherited = False
         self._bell = _Bell()
@@ -434,7 +435,7 @@ class Events(Incoming[Event]):
 
     def forked(self) -> None:
         """In a fork child: these events stay the parent's."""
-        self._changed = threading.Condition()  # another thread of the parent may have held it
+        self._changed = Condition()  # another thread of the parent may have held it
         self._finalizer.detach()
         self._closed = self._inherited = True
         self._bell.close()

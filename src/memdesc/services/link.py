@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket as sockets
-import threading
 import time
 from collections.abc import Callable
 from typing import Any, Self, TypeVar
@@ -22,6 +21,7 @@ from memdesc.services import protocol
 from memdesc.services.failures import rebuilt
 from memdesc.services.limits import Limits
 from memdesc.services.peer import Peer
+from memdesc.vm.forks import Flag
 from memdesc.vm.task import Task
 
 _T = TypeVar("_T")
@@ -35,7 +35,7 @@ class Link(Peer):
     ) -> None:
         super().__init__(sock, task, limits, allow_copy=allow_copy)
         self.name = name
-        self._welcomed = threading.Event()
+        self._welcomed = Flag()
         self._refused: protocol.Failed | None = None
         self._moved = False
 

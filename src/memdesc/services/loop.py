@@ -28,6 +28,7 @@ from memdesc import copyio, mapping
 from memdesc.errors import ClosedError
 from memdesc.services.failures import no_descriptor
 from memdesc.services.logs import log
+from memdesc.vm.forks import Flag
 
 THREAD_NAME = "memdesc-io"
 
@@ -75,7 +76,7 @@ class Loop:
         if self.here:
             call()
             return
-        done = threading.Event()
+        done = Flag()
         raised: list[BaseException] = []
 
         def then() -> None:

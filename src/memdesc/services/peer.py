@@ -10,7 +10,6 @@ import errno
 import os
 import selectors
 import socket as sockets
-import threading
 import time
 import weakref
 from collections import deque
@@ -74,7 +73,8 @@ class Peer(Requester):
         super().__init__(sock, task)
         self.limits = limits
         self.allow_copy = allow_copy
-        self._arrived = threading.Condition(self._lock)
+        self._arrived = self._lock
+        self._no_copier: weakref.finalize[..., Any] | None = None  # not started
         self._in_peer: set[int] = set()
         self._pushed: dict[int, LocalMemoryMap] = {}
         self._sizes: dict[int, int] = {}  # ranges of each
@@ -92,13 +92,14 @@ class Peer(Requester):
     def forked(self) -> None:
         """In a fork child: the connection stays the parent's."""
         super().forked()
-        self._arrived = threading.Condition(self._lock)
+        self._arrived = self._lock
         self._in_peer.clear()
 
     def _ended(self, why: MemdescError) -> None:
         super()._ended(why)
         remove_carrier(self)
-        self._no_copier()
+        if self._no_copier is not None:
+            self._no_copier()
         with self._arrived:
             self._in_peer.clear()
             self._pushed.clear()

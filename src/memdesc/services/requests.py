@@ -168,9 +168,10 @@ class Requester(Channel):
     def _give_up(self, number: int, undo: Callable[[Any], None] | None) -> bool:
         """Wait no longer for an answer; False if it came, or the connection ended, meanwhile."""
         with self._lock:
-            if self._pending.pop(number, None) is None:
+            if number not in self._pending:
                 return False
-            self._late[number] = undo or _ignore
+            self._late[number] = undo or _ignore  # first: an interrupt may come between
+            del self._pending[number]
             if len(self._late) > _LATE_LIMIT:
                 self._drop(f"it answered none of {_LATE_LIMIT:,} requests")
             return True

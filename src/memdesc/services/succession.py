@@ -12,7 +12,6 @@ import contextlib
 import errno
 import os
 import socket as sockets
-import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from memdesc.services.channel import duplicates, hang_up
 from memdesc.services.folder import BACKLOG
 from memdesc.services.limits import Limits
 from memdesc.services.logs import log
+from memdesc.vm.forks import Flag
 from memdesc.vm.task import Task
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Succeeded(Accepting):
     def __init__(self, name: str, allow: Allow | None, limits: Limits) -> None:
         self._successor: Accepted | None = None  # that has the socket, and has not taken it
         self._superseded = False
-        self._over = threading.Event()  # superseded, or closed
+        self._over = Flag()  # superseded, or closed
         self._allow_successor: Allow | None = None
         super().__init__(name, allow, limits)
 
@@ -99,7 +99,7 @@ class Succeeded(Accepting):
     def forked(self) -> None:
         """In a fork child: the name stays the parent's."""
         super().forked()
-        self._over = threading.Event()  # another thread may have held the lock in it
+        self._over = Flag()  # another thread may have held the lock in it
         self._over.set()
 
     def _admits_successor(self, task: Task) -> bool:

@@ -1,14 +1,18 @@
-"""Locks and fork: a fork child gets new ones, and a fork can be held off.
+"""Locks, fork and interrupts: a fork child gets new ones, and a fork can be held off.
 
 Of a lock that another thread of the parent held at that moment the child has a copy that nobody
-will ever release: that thread is not in the child.
+will ever release: that thread is not in the child. An interrupt, too, must leave none behind.
 """
 
 from __future__ import annotations
 
+import _thread
+import contextlib
 import os
 import threading
+import time
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -18,6 +22,71 @@ class Locked(Protocol):
     """What keeps its lock as `_lock`."""
 
     _lock: Any
+
+
+class Condition(_thread.RLock):  # type: ignore[misc]
+    """As `threading.Condition`, but an interrupt (`KeyboardInterrupt`) never leaves it locked.
+
+    The ``__enter__`` of the standard one is a function. One that is interrupted at its end has
+    taken the lock, and nobody releases it: the next thread, that of all I/O perhaps, would wait
+    for ever. This one's is the interpreter's own.
+    """
+
+    def __init__(self) -> None:
+        self._waiters: deque[_thread.LockType] = deque()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Release it until notified, or for so many seconds; False where the time ran out."""
+        waiter = _thread.allocate_lock()
+        waiter.acquire()
+        self._waiters.append(waiter)
+        held = self._release_save()  # type: ignore[attr-defined]
+        try:
+            limit = -1 if timeout is None else min(max(timeout, 0), threading.TIMEOUT_MAX)
+            return waiter.acquire(timeout=limit)
+        finally:
+            self._acquire_restore(held)  # type: ignore[attr-defined]
+            with contextlib.suppress(ValueError):  # it was notified
+                self._waiters.remove(waiter)
+
+    def notify(self) -> None:
+        """Wake one who waits."""
+        if self._waiters:
+            self._waiters.popleft().release()
+
+    def notify_all(self) -> None:
+        """Wake all who wait."""
+        while self._waiters:
+            self._waiters.popleft().release()
+
+
+class Flag:
+    """As `threading.Event`, made of a `Condition` of ours."""
+
+    def __init__(self) -> None:
+        self._changed = Condition()
+        self._set = False
+
+    def is_set(self) -> bool:
+        """Whether it is."""
+        return self._set
+
+    def set(self) -> None:
+        """Set it, for good."""
+        with self._changed:
+            self._set = True
+            self._changed.notify_all()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until it is set, or for so many seconds; tell whether it is."""
+        until = None if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            while not self._set:
+                left = None if until is None else until - time.monotonic()
+                if left is not None and left <= 0:
+                    break
+                self._changed.wait(left)
+            return self._set
 
 
 _gate: Any = threading.RLock()

@@ -150,8 +150,10 @@ class CallsTo(Link):
             self._ask(message, outgoing.fds)
         except BaseException:
             pending._connection = None
-            self._forget(number)
-            self._lent.let_go(number)
+            if self._give_up(number, self._when_late(number)):  # an interrupt: it may be sent
+                self._call_failed(number)
+            else:
+                self._lent.let_go(number)
             raise
         finally:
             outgoing.close()

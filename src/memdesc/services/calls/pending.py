@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from memdesc.handover import discard
 from memdesc.services import protocol
 from memdesc.services.failures import rebuilt
+from memdesc.vm.forks import Condition
 
 if TYPE_CHECKING:
     from memdesc.services.calls.calling import CallsTo
@@ -29,10 +30,11 @@ class PendingCall(Future[Any]):
     def __init__(
         self, connection: CallsTo, number: int, read: Callable[[Any, list[int]], Any]
     ) -> None:
+        self.fds: list[int] = []
         super().__init__()
+        self._condition = Condition()  # type: ignore[assignment]
         self.number = number
         self.answer: Any = None
-        self.fds: list[int] = []
         self._connection: CallsTo | None = connection
         self._read = read
         self._reading = threading.Lock()

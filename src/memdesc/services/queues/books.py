@@ -32,6 +32,7 @@ from memdesc.queues.waiting import deadline_of
 from memdesc.services import protocol
 from memdesc.services.accepting import Accepted, Allow
 from memdesc.services.errands import Errands
+from memdesc.vm.forks import Condition
 from memdesc.vm.pages import Direction
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class ClientQueues(Generic[_End]):
         self._allow: Allow | None = allow
         self._service: weakref.ref[Queueing] = weakref.ref(service)
         self._errands: Errands = service._errands
-        self._changed = threading.Condition()  # its lock is that of the books, held for moments
+        self._changed = Condition()  # its lock is that of the books, held for moments
         self._slots: dict[Accepted, Slot[_End]] = {}
         self._unseen: deque[Accepted] = deque()
         self._closed: bool = False
@@ -290,7 +291,7 @@ class ClientQueues(Generic[_End]):
 
     def forked(self) -> None:
         """In a fork child: the queues stay the parent's."""
-        self._changed = threading.Condition()
+        self._changed = Condition()
         self._closed = self._inherited = True
         self._slots.clear()
         self._unseen.clear()

@@ -82,6 +82,7 @@ def test_who_does_not_read_has_none_of_the_last_descriptors(monkeypatch):
                     for number in range(1000):
                         one.send(protocol.OpenShare(number, "it"))
                 wait_until(lambda: len(service.clients()) == 1)
+                one.sock.close()  # with what lies unread in it: that counts for who sent it
                 assert len(connection.map("it")) == 100
 
 

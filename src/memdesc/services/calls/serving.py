@@ -23,6 +23,7 @@ from memdesc.services.calls.running import Running
 from memdesc.services.calls.workers import Workers
 from memdesc.services.failures import failed
 from memdesc.services.limits import Limits
+from memdesc.services.loop import loop
 from memdesc.services.protocol.calls import MAX_MEMORY
 from memdesc.vm.pages import page_size
 from memdesc.vm.task import Task
@@ -80,7 +81,10 @@ class Calling(Accepting):
     def _work_with(self, workers: Workers) -> None:
         """Have handlers run in these threads; before any client is let in."""
         self._workers = workers
-        self._no_workers = weakref.finalize(self, workers.close, wait=False)
+        # By the I/O thread: the collector may strike where this very thread holds their lock.
+        self._no_workers = weakref.finalize(
+            self, loop().post, functools.partial(workers.close, wait=False)
+        )
         self._no_workers.atexit = False
 
     @overload

@@ -69,7 +69,7 @@ static void check_books(void) {
     }
     MUST(free_slots == pool.free_count);
     for (uint32_t i = 0; i < pool.free_count; i++) {
-        uint32_t slot = pool.free[(pool.free_first + i) % SLOTS];
+        uint32_t slot = pool.free[i];
         MUST(slot < SLOTS && users[slot] == 0);
         users[slot] = 1; /* so that none is there twice */
     }

@@ -154,9 +154,7 @@ struct md_pool {
     size_t header_size;
     uint32_t slots, loans, most_loans; /* loans: slots being filled */
     uint32_t *users;                   /* [slots]: who has it: subscribers, a loan, the latest */
-    /* A ring, first in, first out: what was just read lies in the reader's caches, from where it
-     * is slow to be had back. */
-    uint32_t *free, free_first, free_count;
+    uint32_t *free, free_count; /* last in, first out: what was read last is still in the caches */
     uint32_t latest;
     uint64_t sequence, latest_sequence;
     struct md_line **lines;
@@ -176,7 +174,7 @@ static inline int md_pool_begin(struct md_pool *pool, unsigned char *headers, si
     pool->slots = slots;
     pool->most_loans = most_loans;
     pool->latest = MD_NO_SLOT;
-    for (uint32_t slot = 0; slot < slots; slot++)
+    for (uint32_t slot = slots; slot-- > 0;)
         pool->free[pool->free_count++] = slot;
     return 0;
 }
@@ -194,7 +192,7 @@ static inline struct md_slot_header *md_pool_header(struct md_pool *pool, uint32
 
 static inline void md_pool_unuse(struct md_pool *pool, uint32_t slot) {
     if (--pool->users[slot] == 0)
-        pool->free[(pool->free_first + pool->free_count++) % pool->slots] = slot;
+        pool->free[pool->free_count++] = slot;
 }
 
 /* Slots that nobody can take back from the subscribers, at most; with one more of that policy.
@@ -422,9 +420,7 @@ static inline int md_pool_loan(struct md_pool *pool, uint32_t *slot) {
             if (md_pool_reclaim(pool) < 0)
                 return -ENOBUFS;
     }
-    *slot = pool->free[pool->free_first];
-    pool->free_first = (pool->free_first + 1) % pool->slots;
-    pool->free_count--;
+    *slot = pool->free[--pool->free_count];
     pool->users[*slot] = 1;
     pool->loans++;
     return 0;

@@ -141,6 +141,9 @@ OFFERS_OFFSETS = {
     "released": C_RELEASED,
 }
 
+cdef size_t LARGE = 1 << 20
+"""Bytes of a slot from which on a loan looks which came back: filling another would cost more."""
+
 cdef uint64_t _forks = 0  # of this process, from its first ancestor on
 
 
@@ -258,6 +261,8 @@ cdef class StreamPool:
         cdef uint32_t index = 0
         self.ready()
         cdef LoanedSlot slot = LoanedSlot.__new__(LoanedSlot)  # first: it may fail
+        if self.slot_size >= LARGE:
+            md_pool_refresh(&self.pool)
         cdef int rc = md_pool_loan(&self.pool, &index)
         if rc == -C_EAGAIN:
             return None

@@ -1,4 +1,4 @@
-"""Runs a function in a forked child of the test: with less rights, or to see what it inherits."""
+"""Runs functions in forked children: with less rights, to see what they inherit, to kill them."""
 
 from __future__ import annotations
 
@@ -34,10 +34,7 @@ def in_child(
 ) -> Any:
     """Give what `function` returns in a forked child; a failure or skip there is one here."""
     reader, writer = os.pipe()
-    with warnings.catch_warnings():
-        # CPython 3.12 warns where threads are about (the watchdog of the tests is one).
-        warnings.simplefilter("ignore", DeprecationWarning)
-        pid = os.fork()
+    pid = _fork()
     if pid == 0:
         _run(function, arguments, before, writer)
     os.close(writer)
@@ -54,6 +51,39 @@ def in_child(
     if outcome == "failure":
         raise ChildFailed(value)
     return value
+
+
+def start(function: Callable[..., object], *arguments: Any) -> int:
+    """Run a function in a forked child, which exits with 0 if it returns, and ends with us."""
+    pid = _fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        die_with_parent()
+        function(*arguments)
+        code = 0
+    except BaseException:  # noqa: BLE001 (shown, and told by the exit code)
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def finish(pid: int) -> int:
+    """Wait for a child: its exit code; negative: the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    assert finish(pid) == -signal.SIGKILL
+
+
+def _fork() -> int:
+    with warnings.catch_warnings():
+        # CPython 3.12 warns where threads are about (the watchdog of the tests is one).
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
 
 
 def _end(pid: int) -> None:

@@ -10,8 +10,7 @@ import time
 from collections.abc import Callable
 
 import pytest
-from children import in_child
-from queue_tools import kill, start
+from children import in_child, kill, start
 
 import memdesc as md
 from memdesc.queues import layout

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from queue_tools import finish, kill, start
+from children import finish, kill, start
 
 import memdesc as md
 from memdesc.queues import notification_pair

@@ -9,8 +9,8 @@ import struct
 import time
 
 import pytest
-from children import in_child
-from stream_tools import ALL, LIMIT, kill, publish, start, subscribe, taken
+from children import in_child, kill, start
+from stream_tools import ALL, LIMIT, publish, subscribe, taken
 
 import memdesc as md
 from memdesc import _core

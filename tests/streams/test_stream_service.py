@@ -14,7 +14,8 @@ from typing import Any
 
 import msgspec
 import pytest
-from stream_tools import ALL, LIMIT, finish, kill, publish, start, taken
+from children import finish, kill, start
+from stream_tools import ALL, LIMIT, publish, taken
 
 import memdesc as md
 from memdesc.services import protocol

@@ -9,6 +9,9 @@ import msgspec
 UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What decoding a stranger's bytes raises: also for text that is none, and for endless nesting."""
 
+UNENCODABLE = (TypeError, ValueError, OverflowError, RecursionError)
+"""What encoding raises for what MessagePack can not carry."""
+
 Natural = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Piece = tuple[Natural, Natural, Natural]
 """Which object (a place in the list of descriptors), offset in it, length: bytes."""

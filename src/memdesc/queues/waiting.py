@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-import os
 import time
-import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, Self
 
@@ -16,7 +14,7 @@ from memdesc.descriptors.sub import SubMemoryDescriptor
 from memdesc.errors import ClosedError, InvalidArgument, PeerGoneError, ProtocolError, TimedOutError
 from memdesc.queues.layout import CONTROL, MAX_CAPACITY
 from memdesc.queues.notify import own_socket
-from memdesc.vm.forks import lock_for
+from memdesc.vm.forks import lock_for, tell_child
 from memdesc.vm.pages import Access, page_size
 from memdesc.vm.task import Task, check_task
 
@@ -29,10 +27,8 @@ SPIN = 50e-6
 GLANCE = 0.25
 """Seconds that a wait sleeps before it looks whether the other end still lives."""
 
-_ends: weakref.WeakSet[_core.RingEnd] = weakref.WeakSet()
-_hooked = False
 _GLANCE_NS = int(GLANCE * 1e9)
-_EVER = 1e6  # seconds: what a lock takes as a timeout
+_EVER = 1e6  # seconds: what a lock, and the core, take as a timeout
 _OPEN, _INHERITED = 1, 3
 
 
@@ -97,8 +93,7 @@ class End(_core.RingEnd):
                 "create_data_queue()",
                 errno=errno.EPROTO,
             )
-        _hook()
-        _ends.add(self)
+        tell_child(self)  # two ends with one position would overwrite each other
 
     @property
     def closed(self) -> bool:
@@ -155,7 +150,7 @@ class End(_core.RingEnd):
     def _sleep_until(self, wanted: int, deadline: float | None) -> bool:
         """As `_wait_until`, without spinning. Who sleeps already is waited for first."""
         lock = self._lock
-        if not lock.acquire(blocking=False) and not lock.acquire(timeout=_left(deadline)):
+        if not lock.acquire(blocking=False) and not lock.acquire(timeout=time_left(deadline)):
             return False
         try:
             while limit := _GLANCE_NS if deadline is None else _part_of(deadline):
@@ -177,13 +172,7 @@ class End(_core.RingEnd):
         return time.monotonic() + timeout
 
     def _timed_out(self, timeout: float | None, what: str) -> TimedOutError:
-        if timeout:
-            return TimedOutError(
-                f"queue {self.name!r}: {what} in {timeout} s", errno=errno.ETIMEDOUT
-            )
-        return TimedOutError(
-            f"queue {self.name!r}: {what} now, and no time to wait was given", errno=errno.EAGAIN
-        )
+        return timed_out(timeout, f"queue {self.name!r}: {what}")
 
     def _closed(self) -> NoReturn:
         if self._state() == _INHERITED:
@@ -231,29 +220,23 @@ def _map(descriptor: MemoryDescriptor, capacity: int) -> _core.Window:
     return window
 
 
-def _hook() -> None:
-    global _hooked
-    if not _hooked:
-        _hooked = True
-        os.register_at_fork(after_in_child=_inherit)
-
-
-def _inherit() -> None:
-    """An end is of one process: two of them with one position would overwrite each other."""
-    for end in list(_ends):
-        end._inherit()
-
-
 def deadline_of(timeout: float | None) -> float | None:
     """When a call has to be over; None: never."""
     return None if timeout is None else End._deadline(timeout)
 
 
-def _left(deadline: float | None) -> float:
+def time_left(deadline: float | None) -> float:
     """Seconds; a long time for ever."""
     return _EVER if deadline is None else min(max(deadline - time.monotonic(), 0.0), _EVER)
 
 
+def timed_out(timeout: float | None, what: str) -> TimedOutError:
+    """What a wait ends with."""
+    if timeout:
+        return TimedOutError(f"{what} in {timeout} s", errno=errno.ETIMEDOUT)
+    return TimedOutError(f"{what} now, and no time to wait was given", errno=errno.EAGAIN)
+
+
 def _part_of(deadline: float) -> int:
     """Nanoseconds to sleep before the next glance; 0 where the time has run out."""
-    return int(min(_left(deadline), GLANCE) * 1e9)
+    return int(min(time_left(deadline), GLANCE) * 1e9)

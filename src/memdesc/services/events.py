@@ -29,7 +29,7 @@ from memdesc.services.failures import no_descriptor
 from memdesc.services.limits import Limits
 from memdesc.services.link import Link
 from memdesc.services.loop import Loop, tell_if_forked
-from memdesc.services.readable import Incoming
+from memdesc.services.readable import Arrivals
 from memdesc.vm.forks import Condition
 from memdesc.vm.task import Task
 
@@ -299,7 +299,7 @@ class _Bell:
 
 
 @final
-class Events(Incoming[Event]):
+class Events(Arrivals[Event]):
     """Events of a service, as they come; made by `Connection.events`.
 
     Iterate over it, with ``for`` or ``async for``; or `get`; or wait for `fileno` in any event

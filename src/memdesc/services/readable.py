@@ -48,7 +48,7 @@ def _set(ready: asyncio.Future[None]) -> None:
         ready.set_result(None)
 
 
-class Incoming(Generic[_T]):
+class Arrivals(Generic[_T]):
     """Base of what one can wait for: gives iteration, which ends quietly when it is closed here."""
 
     _closed: bool

@@ -4,46 +4,28 @@ from __future__ import annotations
 
 import errno
 import os
-import time
-import weakref
-from typing import Any, Protocol
+from typing import Any
 
 from memdesc import _core
 from memdesc.descriptors.base import MemoryDescriptor
-from memdesc.errors import ClosedError, InvalidArgument, ProtocolError, RangeError, TimedOutError
+from memdesc.errors import ClosedError, InvalidArgument, ProtocolError, RangeError
 from memdesc.mapping import has_hole
 from memdesc.streams.layout import METADATA_LIMIT
+from memdesc.vm.forks import Heir, tell_child
 from memdesc.vm.pages import Access
 
 INHERITED = 3
-_EVER = 1e6  # seconds: what a lock, and the core, take as a timeout
 _hooked = False
 
 
-class End(Protocol):
-    """Either end."""
-
-    def _inherit(self) -> None:
-        """In a fork child: close what must not be held there."""
-
-
-_ends: weakref.WeakSet[End] = weakref.WeakSet()
-
-
-def register(end: End) -> None:
+def register(end: Heir) -> None:
     """Have an end know of forks: it stays the parent's."""
     global _hooked
     if not _hooked:
         _hooked = True
         # Not in a function of ours, at whose head an interrupt strikes that came during the fork.
         os.register_at_fork(after_in_child=_core.note_fork)
-        os.register_at_fork(after_in_child=_inherit)
-    _ends.add(end)
-
-
-def _inherit() -> None:
-    for end in list(_ends):
-        end._inherit()
+    tell_child(end)
 
 
 def window_of(descriptor: MemoryDescriptor, access: Access, nbytes: int) -> _core.Window:
@@ -73,9 +55,11 @@ def encode(value: object) -> bytes:
     """Metadata as it travels."""
     import msgspec
 
+    from memdesc.portable import UNENCODABLE
+
     try:
         encoded = msgspec.msgpack.encode(value)
-    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+    except UNENCODABLE as error:
         raise InvalidArgument(
             f"metadata can not travel ({error}): give dicts, lists, strings, numbers, bytes",
             errno=errno.EINVAL,
@@ -106,15 +90,3 @@ def decode(encoded: bytes) -> Any:
 def given_back() -> ClosedError:
     """What is raised where a slot is used after it was given back."""
     return ClosedError("this slot was given back: keep() it, or copy what is needed longer")
-
-
-def time_left(deadline: float | None) -> float:
-    """Seconds; a long time for ever."""
-    return _EVER if deadline is None else min(max(deadline - time.monotonic(), 0.0), _EVER)
-
-
-def timed_out(timeout: float | None, what: str) -> TimedOutError:
-    """What a wait ends with."""
-    if timeout:
-        return TimedOutError(f"{what} in {timeout} s", errno=errno.ETIMEDOUT)
-    return TimedOutError(f"{what} now, and no time to wait was given", errno=errno.EAGAIN)

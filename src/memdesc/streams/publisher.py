@@ -18,8 +18,8 @@ from memdesc.errors import (
     TimedOutError,
 )
 from memdesc.memory.page_kinds import PageKind
-from memdesc.queues.waiting import GLANCE, SPIN, deadline_of
-from memdesc.streams.ends import INHERITED, encode, register, time_left, timed_out
+from memdesc.queues.waiting import GLANCE, SPIN, deadline_of, time_left, timed_out
+from memdesc.streams.ends import INHERITED, encode, register
 from memdesc.streams.layout import HEADER, form_of
 from memdesc.streams.subscriber import (
     CODES,

@@ -20,14 +20,12 @@ from memdesc.errors import (
     ProtocolError,
 )
 from memdesc.queues.notify import clear, own_socket
-from memdesc.queues.waiting import GLANCE, SPIN, deadline_of
+from memdesc.queues.waiting import GLANCE, SPIN, deadline_of, time_left, timed_out
 from memdesc.streams.ends import (
     INHERITED,
     decode,
     given_back,
     register,
-    time_left,
-    timed_out,
     window_of,
 )
 from memdesc.streams.layout import HEADER, StreamForm

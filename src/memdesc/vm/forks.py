@@ -24,6 +24,13 @@ class Locked(Protocol):
     _lock: Any
 
 
+class Heir(Protocol):
+    """What must be told in a fork child that it is the parent's."""
+
+    def _inherit(self) -> None:
+        """Close what must not be held there."""
+
+
 class Condition(_thread.RLock):  # type: ignore[misc]
     """As `threading.Condition`, but an interrupt (`KeyboardInterrupt`) never leaves it locked.
 
@@ -91,6 +98,7 @@ class Flag:
 
 _gate: Any = threading.RLock()
 _holders: weakref.WeakSet[Locked] = weakref.WeakSet()
+_heirs: weakref.WeakSet[Heir] = weakref.WeakSet()
 _hooked = False
 
 
@@ -102,6 +110,12 @@ def lock_for(holder: Locked) -> Any:
     _hook()
     _holders.add(holder)
     return threading.RLock()
+
+
+def tell_child(heir: Heir) -> None:
+    """Have `heir._inherit()` called in every fork child, as long as it lives."""
+    _hook()
+    _heirs.add(heir)
 
 
 @contextmanager
@@ -124,6 +138,7 @@ def _hook() -> None:
             before=_gate.acquire, after_in_parent=_gate.release, after_in_child=_gate.release
         )
         os.register_at_fork(after_in_child=_renew)
+        os.register_at_fork(after_in_child=_inherit)
 
 
 def _renew() -> None:
@@ -133,3 +148,8 @@ def _renew() -> None:
         _gate._at_fork_reinit()
     for holder in list(_holders):
         holder._lock = threading.RLock()
+
+
+def _inherit() -> None:
+    for heir in list(_heirs):
+        heir._inherit()

@@ -22,6 +22,7 @@ from memdesc.descriptors.homes import descriptor_of
 from memdesc.descriptors.sub import SubMemoryDescriptor
 from memdesc.errors import InvalidArgument, MemdescError
 from memdesc.handover import close_all, pack
+from memdesc.portable import UNENCODABLE
 from memdesc.services import protocol
 from memdesc.services.protocol.calls import (
     EXT_ARRAY,
@@ -120,7 +121,7 @@ class Outgoing:
     def _record(self, value: Any) -> tuple[msgspec.Raw, int | None]:
         try:
             record = msgspec.msgpack.encode(value, enc_hook=self._extend)
-        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        except UNENCODABLE as error:
             if isinstance(error, MemdescError):
                 raise
             raise InvalidArgument(f"this can not travel: {error}", errno=errno.EINVAL) from error

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import msgspec
 
 from memdesc.errors import InvalidArgument, ProtocolError
-from memdesc.portable import UNREADABLE, Natural
+from memdesc.portable import UNENCODABLE, UNREADABLE, Natural
 from memdesc.services.protocol.basics import Name
 
 MAX_VALUE = 4096
@@ -41,15 +41,13 @@ Message = Listen | Unlisten | Notify
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder().decode
-# What the encoder raises for what MessagePack can not carry.
-_UNENCODABLE = (TypeError, ValueError, OverflowError, RecursionError)
 
 
 def encode_value(value: Any) -> bytes:
     """Make an event's value travel; `InvalidArgument` where it can not."""
     try:
         data = _encode(value)
-    except _UNENCODABLE as error:
+    except UNENCODABLE as error:
         raise InvalidArgument(
             f"an event can not carry {type(value).__name__!r}: {error}; give what MessagePack has "
             "(None, numbers, text, bytes, lists, dicts, msgspec structs)",

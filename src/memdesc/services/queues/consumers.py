@@ -27,7 +27,7 @@ from memdesc.queues.waiting import deadline_of
 from memdesc.services.accepting import Accepted, Allow
 from memdesc.services.failures import no_descriptor
 from memdesc.services.queues.books import ClientQueues, Slot
-from memdesc.services.readable import Incoming
+from memdesc.services.readable import Arrivals
 from memdesc.vm.pages import Direction
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class _Watch:
 
 
 @final
-class ClientConsumers(ClientQueues[Consumer], Incoming["tuple[UserClient, bytes]"]):
+class ClientConsumers(ClientQueues[Consumer], Arrivals["tuple[UserClient, bytes]"]):
     """A queue from each client that opens it, of which the service is the consumer.
 
     Iterate over it, with ``for`` or ``async for``; or `get`, `get_many`; or wait for `fileno` in

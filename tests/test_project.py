@@ -64,7 +64,7 @@ print(json.dumps({
     heavy = {"numpy", "msgspec", "click", "rich", "pytest", "asyncio", "hypothesis"}
     assert not heavy & set(seen["modules"])
     assert (seen["threads"], seen["fds"]) == (1, True)
-    outer = {"memdesc.testing", "memdesc.cli", "memdesc.iokit"}
+    outer = {"memdesc.testing", "memdesc.cli", "memdesc.iokit", "memdesc.files", "memdesc.interop"}
     assert not outer & set(seen["ours"])
 
 

@@ -103,6 +103,17 @@ class Ring(Way):
         self.memory.close()
 
 
+class CalledRing(Ring):
+    """The bare ring, called from Python once a block: the least that any loop in Python can do."""
+
+    def call(self, function: Any, first: int, count: int) -> int:
+        sides, slots = self.base.address, self.base.address + md.page_size
+        who, number_of_slots, size, sum_ = self.who, self.slots, self.nbytes, 0
+        for number in range(first, first + count):
+            sum_ += function(sides, who, slots, number_of_slots, size, size, number, 1)
+        return sum_
+
+
 class OurStream(Way):
     """memdesc: loan, fill in place, publish; each subscriber reads in place."""
 
@@ -300,6 +311,7 @@ class Iceoryx(Way):
 
 WAYS: dict[str, type[Way]] = {
     "C ring": Ring,
+    "called C ring": CalledRing,
     "stream": OurStream,
     "shared_memory": SharedMemory,
     "iceoryx2": Iceoryx,

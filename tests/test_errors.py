@@ -36,6 +36,8 @@ FIELDS = {
     "offset": 17,
     "value": 255,
     "reference": "5f1d03aa",
+    "code": 712,
+    "name": "cudaErrorHostMemoryAlreadyRegistered",
 }
 
 

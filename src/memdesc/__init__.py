@@ -17,6 +17,7 @@ Where to begin; `help(memdesc.Service)` and so on tells more:
 * `create_data_queue`, `Producer`, `Consumer`      a queue of entries in shared memory
 * `dma.DirectFile`                 reads and writes descriptors past the page cache
 * `dma.DMACommand`                 pins memory for a device, and tells where it physically lies
+* `dma.CudaDevice`                 registers descriptors with a GPU, and copies from and to it
 * `recycler`                       what is kept of freed buffers for the next ones
 * `Access`, `Direction`, `PageKind`, `Contents`    words for arguments
 * `MemdescError`                   the root of all errors; `MappingReason`, `WiringReason`
@@ -26,7 +27,7 @@ The house, from the top down; a room knows only those below it:
 * `cli`, `testing`       the command line; the conformance suite, leak guard and fault injection
 * `iokit`                the model's own spelling
 * `services`             services and connections: who may see which memory
-* `dma`                  disks on the same pages, by O_DIRECT and io_uring; physical segments
+* `dma`                  disks and GPUs on the same pages; physical segments
 * `streams`              slots of shared memory, filled in place by one, seen in place by many
 * `queues`               entries of any size from one task to another, through shared memory
 * `alloc`                zones: small pieces of private memory, from a limited pool; io_malloc
@@ -68,6 +69,7 @@ from memdesc.errors import (
     AllocationError as AllocationError,
     ClosedError as ClosedError,
     CopyError as CopyError,
+    DeviceError as DeviceError,
     DoubleFreeError as DoubleFreeError,
     Holding as Holding,
     InvalidArgument as InvalidArgument,

@@ -33,6 +33,7 @@ __all__ = [
     "CopyError",
     "StringTooLongError",
     "TransferError",
+    "DeviceError",
     "SegmentError",
     "SegmentReason",
     "ServiceNotFoundError",
@@ -140,8 +141,7 @@ class AllocationError(MemdescError, OSError, MemoryError):
         available: int | None = None,
     ) -> None:
         super().__init__(message, errno=errno)
-        self.requested = requested
-        self.available = available
+        self.requested, self.available = requested, available
 
 
 class PageKindError(AllocationError):
@@ -198,8 +198,7 @@ class ZoneExhausted(AllocationError):
         holders: tuple[Holding, ...] = (),
     ) -> None:
         super().__init__(message, errno=errno, requested=requested, available=available)
-        self.zone = zone
-        self.holders = holders
+        self.zone, self.holders = zone, holders
 
 
 class DoubleFreeError(MemdescError, ValueError):
@@ -227,9 +226,7 @@ class UseAfterFreeError(MemdescError, RuntimeError):
         value: int = 0,
     ) -> None:
         super().__init__(message, errno=errno)
-        self.address = address
-        self.offset = offset
-        self.value = value
+        self.address, self.offset, self.value = address, offset, value
 
 
 class SealedError(MemdescError, PermissionError):
@@ -340,10 +337,7 @@ class CopyError(MemdescError, OSError):
         errno: int | None = None,
     ) -> None:
         super().__init__(message, errno=errno)
-        self.expected = expected
-        self.completed = completed
-        self.pid = pid
-        self.address = address
+        self.expected, self.completed, self.pid, self.address = expected, completed, pid, address
 
 
 class StringTooLongError(CopyError):
@@ -363,12 +357,7 @@ class StringTooLongError(CopyError):
         data: bytes = b"",
     ) -> None:
         super().__init__(
-            message,
-            expected=expected,
-            completed=completed,
-            pid=pid,
-            address=address,
-            errno=errno,
+            message, expected=expected, completed=completed, pid=pid, address=address, errno=errno
         )
         self.data = data
 
@@ -404,9 +393,7 @@ class SegmentError(MemdescError, ValueError):
         address: int = 0,
     ) -> None:
         super().__init__(message, errno=errno)
-        self.reason = reason
-        self.offset = offset
-        self.address = address
+        self.reason, self.offset, self.address = reason, offset, address
 
 
 class TransferError(MemdescError, OSError):
@@ -432,9 +419,22 @@ class TransferError(MemdescError, OSError):
         file_offset: int | None = None,
     ) -> None:
         super().__init__(message, errno=errno)
-        self.expected = expected
-        self.completed = completed
-        self.file_offset = file_offset
+        self.expected, self.completed, self.file_offset = expected, completed, file_offset
+
+
+class DeviceError(MemdescError, OSError):
+    """A GPU or its driver failed a call; `code` and `name` are CUDA's own of the error.
+
+    errno is the nearest: ENOMEM, EBUSY (registered already), ENOENT, EINVAL, ENODEV, else EIO.
+    """
+
+    _FIELDS = ("code", "name")
+
+    def __init__(
+        self, message: str, *, errno: int | None = None, code: int = 0, name: str = ""
+    ) -> None:
+        super().__init__(message, errno=errno)
+        self.code, self.name = code, name
 
 
 class ServiceNotFoundError(MemdescError, ConnectionError):

@@ -12,15 +12,18 @@ from types import FrameType
 import click
 
 from memdesc import __version__, crossing
-from memdesc.cli import doctor as doctors
+from memdesc.cli import completion, doctor as doctors, ls as lists
 from memdesc.cli.demo import run
 from memdesc.cli.demo_files import UnusableFile
 from memdesc.cli.demo_screen import Screen
 from memdesc.cli.doctor_screen import DoctorScreen
+from memdesc.cli.ls_screen import LsScreen
+from memdesc.cli.reader_gone import Commands
+from memdesc.cli.words import as_json as to_json
 from memdesc.errors import MemdescError
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, message="memdesc %(version)s")
 def memdesc() -> None:
     """Memory descriptors: other processes use the very same pages, without copying."""
@@ -92,6 +95,25 @@ def doctor(as_json: bool, calibrate: bool) -> None:
     if as_json:
         print(json.dumps(report, indent=2))
     sys.exit(1 if report["failed"] else 0)
+
+
+@memdesc.command()
+@click.argument("service", required=False, shell_complete=completion.services)
+@click.option("--long", "-l", is_flag=True, help="With buffers, and who maps each how.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, with all of it.")
+def ls(service: str | None, long: bool, as_json: bool) -> None:
+    """List services, or one SERVICE with its buffers, and who maps them with which access.
+
+    Asks the services of this user (root: of all), and looks at the tasks that this user may look
+    at. Nothing is opened, mapped or removed. Exit status: 0; 1 if SERVICE is not there.
+    """
+    report = lists.gather(service)
+    missing = service is not None and report["services"][0]["state"] in ("dead", "missing")
+    if as_json:
+        print(to_json(report))
+    else:
+        LsScreen(to_stderr=missing).tell(report, long=long or service is not None)
+    sys.exit(1 if missing else 0)
 
 
 def _stop(number: int, _: FrameType | None) -> None:

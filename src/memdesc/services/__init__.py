@@ -18,5 +18,7 @@ The capabilities, each with what a service, its user clients and a connection ha
 * `streams`: slots of memory, filled by the service and seen in place by its clients
 * `events`: what a service tells its clients of (`readable`: waiting for it in asyncio)
 
+* `describing`: what a service tells those who look after it (`memdesc ls`), who are no clients
+
 And what they make together: `service`, `user_client` (the driver's side), `connection`.
 """

@@ -8,6 +8,7 @@ from typing import Any, final
 from memdesc.errors import ProtocolError
 from memdesc.services import protocol
 from memdesc.services.calls.serving import CallingClient
+from memdesc.services.describing import describe
 from memdesc.services.events import NotifiedClient
 from memdesc.services.queues.parts import QueueingClient
 from memdesc.services.sharing import SharingClient
@@ -37,6 +38,9 @@ class UserClient(
     def _handle(self, message: Any, fds: list[int], lost: bool) -> None:
         service = self._service
         if service is None:
+            return
+        if isinstance(message, protocol.Describe):  # who looks after the service is no client
+            self._answer(message.id, lambda: (describe(service, self.task, message), []))
             return
         if self.admitted:
             super()._handle(message, fds, lost)

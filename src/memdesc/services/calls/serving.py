@@ -73,6 +73,7 @@ class Calling(Accepting):
 
     def __init__(self, name: str, allow: Allow | None, limits: Limits) -> None:
         self._methods: dict[str, Method] = {}
+        self._called = 0  # counted on the I/O thread
         self._events: AbstractEventLoop | None = None
         self._held = _Held()
         self._work_with(Workers())  # which starts none
@@ -224,6 +225,7 @@ class CallingClient(Accepted):
             return
         running = Running(self, method, call, list(fds), service._workers)
         fds.clear()  # they are the call's
+        service._called += 1
         with self._lock:
             self._calls[call.id] = running
         running.begin(events)

@@ -16,7 +16,16 @@ import msgspec
 
 from memdesc.errors import ProtocolError
 from memdesc.portable import UNREADABLE
-from memdesc.services.protocol import calls, events, mappings, queues, sharing, streams, succession
+from memdesc.services.protocol import (
+    calls,
+    describing,
+    events,
+    mappings,
+    queues,
+    sharing,
+    streams,
+    succession,
+)
 from memdesc.services.protocol.basics import (
     MAX_COPY as MAX_COPY,
     MAX_MESSAGE as MAX_MESSAGE,
@@ -32,6 +41,16 @@ from memdesc.services.protocol.calls import (
     Call as Call,
     Cancel as Cancel,
     Returned as Returned,
+)
+from memdesc.services.protocol.describing import (
+    ClientItem as ClientItem,
+    Describe as Describe,
+    Described as Described,
+    QueueEndItem as QueueEndItem,
+    QueueItem as QueueItem,
+    ShareItem as ShareItem,
+    StreamItem as StreamItem,
+    SubscriberItem as SubscriberItem,
 )
 from memdesc.services.protocol.events import (
     MAX_VALUE as MAX_VALUE,
@@ -86,6 +105,7 @@ Message = (
     | queues.Message
     | streams.Message
     | succession.Message
+    | describing.Message
 )
 Answer = (
     Done
@@ -96,6 +116,7 @@ Answer = (
     | queues.Answer
     | streams.Answer
     | succession.Answer
+    | describing.Answer
 )
 
 WITH_DESCRIPTORS = (Opened, Returned, QueueOpened, Subscribed, HandedOver)

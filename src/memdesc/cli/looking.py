@@ -1,0 +1,195 @@
+"""Looking at services: where their sockets are, and what they say when they are asked.
+
+All are asked at once, and waited for together: one that never answers takes nobody's time but its
+own. Nothing is swept, opened or granted.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from memdesc.errors import (
+    AccessDeniedError,
+    MemdescError,
+    ServiceNotFoundError,
+    TimedOutError,
+)
+from memdesc.services import folder, protocol
+from memdesc.services.describing import Inquiry
+from memdesc.services.protocol.describing import Item
+
+PATIENCE = 1.0
+"""Seconds that services have to answer, all of them together."""
+_MOST_SOCKETS = 1024
+
+
+@dataclass(slots=True)
+class Seen:
+    """One service, as it was found.
+
+    Attributes
+    ----------
+    name : str
+        As `connect` takes it.
+    path : Path
+    state : str
+        `serving`; `silent`: it does not answer; `denied`: it is not for this user, or tells him
+        nothing; `unknown`: it speaks otherwise (an older version, another program); `dead`: no
+        one listens; `missing`: there is no such socket.
+    why : str
+        Where it is not `serving`.
+    pid, uid : int, optional
+        Who listens, by the kernel's word.
+    told : Described, optional
+        The service's own word, as is `items`.
+    """
+
+    name: str
+    path: Path
+    state: str = "serving"
+    why: str = ""
+    pid: int | None = None
+    uid: int | None = None
+    told: protocol.Described | None = None
+    items: list[Item] = field(default_factory=list)
+    at: float = 0.0
+    """When it was asked (`time.monotonic`)."""
+
+
+class Watch:
+    """Asks services, those that it knows already over the connection that it has."""
+
+    def __init__(self) -> None:
+        self._inquiries: dict[Path, Inquiry] = {}
+
+    def look(self, sockets: Iterable[tuple[str, Path]], *, items: bool) -> list[Seen]:
+        """Ask all of them, with all that they have or their figures alone."""
+        found = [Seen(name, path) for name, path in sockets]
+        for gone in self._inquiries.keys() - {seen.path for seen in found}:
+            self._forget(gone)
+        asked = [seen for seen in found if self._ask(seen, items=items)]
+        until = time.monotonic() + PATIENCE
+        for seen in asked:
+            self._read(seen, until, items=items)
+        return found
+
+    def _ask(self, seen: Seen, *, items: bool) -> bool:
+        for _ in range(2):  # the service that we knew may have ended, and another have its place
+            again = seen.path in self._inquiries
+            try:
+                inquiry = self._inquiries.get(seen.path) or _reach(seen.path)
+                self._inquiries[seen.path] = inquiry
+                inquiry.ask(0 if items else None)
+            except MemdescError as error:
+                self._failed(seen, error)
+                if again:
+                    continue
+                return False
+            if inquiry.task is not None:
+                seen.pid, seen.uid = inquiry.task.pid, inquiry.task.credentials.uid
+            seen.at, seen.state, seen.why = time.monotonic(), "serving", ""
+            return True
+        return False
+
+    def _read(self, seen: Seen, until: float, *, items: bool) -> None:
+        inquiry = self._inquiries[seen.path]
+        try:
+            if items:
+                seen.told, seen.items = inquiry.answer_all(until)
+            else:
+                seen.told = inquiry.answer(until)
+        except MemdescError as error:
+            self._failed(seen, error)
+
+    def _failed(self, seen: Seen, error: MemdescError) -> None:
+        seen.why = str(error)
+        if isinstance(error, TimedOutError):
+            seen.state = "silent"
+            return  # what it answers later is passed over
+        self._forget(seen.path)
+        if isinstance(error, ServiceNotFoundError):
+            seen.state = "dead" if os.path.lexists(seen.path) else "missing"
+        elif isinstance(error, AccessDeniedError):
+            seen.state = "denied"
+        else:
+            seen.state = "unknown"
+
+    def _forget(self, path: Path) -> None:
+        inquiry = self._inquiries.pop(path, None)
+        if inquiry is not None:
+            inquiry.close()
+
+    def close(self) -> None:
+        """Hang up."""
+        for path in list(self._inquiries):
+            self._forget(path)
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _reach(path: Path) -> Inquiry:
+    try:
+        return Inquiry(path)
+    except ServiceNotFoundError:
+        time.sleep(0.01)  # between its making and its listening a service is not dead
+        return Inquiry(path)
+
+
+def sockets() -> list[tuple[str, Path]]:
+    """Find the sockets of services: (name for `connect`, path).
+
+    In the folder of this user's services; and, where MEMDESC_RUNTIME_DIR does not say which that
+    is, in those of all users that this one may read.
+    """
+    own = folder.runtime_folder()
+    found = [(path.name, path) for path in _sockets_in(own, None)]
+    if "MEMDESC_RUNTIME_DIR" not in os.environ:
+        for other, uid in _other_folders():
+            if other != own:
+                found += [(str(path), path) for path in _sockets_in(other, uid)]
+    return found
+
+
+def _other_folders() -> list[tuple[Path, int]]:
+    """The folders of other users, each with whose it must be."""
+    found = []
+    for pattern, part in (("/run/user/*/memdesc", -2), (f"{tempfile.gettempdir()}/memdesc-*", -1)):
+        for path in sorted(Path("/").glob(pattern[1:])):
+            number = path.parts[part].rpartition("-")[2]
+            if number.isdecimal():
+                found.append((path, int(number)))
+    return found
+
+
+def _sockets_in(place: Path, uid: int | None) -> list[Path]:
+    """Give the sockets in a folder; of another user's, none that he has not made himself."""
+    found: list[Path] = []
+    with suppress(OSError):  # there is none, or it is not ours to read
+        if uid is not None and not _is_of(place, uid, stat.S_ISDIR):
+            return []
+        with os.scandir(place) as entries:
+            for entry in entries:
+                path = place / entry.name
+                if _is_of(path, uid, stat.S_ISSOCK) and len(found) < _MOST_SOCKETS:
+                    found.append(path)
+    return sorted(found)
+
+
+def _is_of(path: Path, uid: int | None, kind: object) -> bool:
+    try:
+        status = path.lstat()
+    except OSError:
+        return False
+    is_kind = kind(status.st_mode) if callable(kind) else False
+    return is_kind and uid in (None, status.st_uid)

@@ -99,7 +99,7 @@ class LocalMemoryMap(MemoryMap, _core.Exporter):
         access: Access,
         guard_pages: int = 0,
         owner: object,
-        layout: tuple[tuple[int, ...] | None, str] | None = None,
+        layout: tuple[tuple[int, ...] | None, str, str] | None = None,
         ended: Callable[[], None] | None = None,
     ) -> None:
         self.address = _core.buffer_address(window)[0]
@@ -164,7 +164,7 @@ class LocalMemoryMap(MemoryMap, _core.Exporter):
     ) -> np.ndarray[Any, Any]:
         """View the pages as a NumPy array; see `view_as_array`."""
         if shape is None and dtype is None and self.layout is not None:
-            shape, dtype = self.layout
+            shape, dtype, order = self.layout
         return view_as_array(self, self.length, shape, dtype, order=order, offset=offset)
 
     def wire(self, offset: int = 0, length: int | None = None) -> Wire:

@@ -67,6 +67,7 @@ class Accepting:
         self._of_task: Counter[Task] = Counter()
         self._unseen: list[Accepted] = []
         self._strangers: dict[Accepted, None] = {}  # that have not greeted; oldest first
+        self._watcher: Callable[[UserClient, bool], object] | None = None
         self._closed = False
         rate = self.limits.connections_per_second
         self._rate = None if rate is None else Bucket(rate, BURST)
@@ -145,6 +146,22 @@ class Accepting:
                     )
                 self._joining.wait(left)
             return cast("UserClient", self._unseen.pop(0))
+
+    def watch_clients(self, watcher: Callable[[UserClient, bool], object] | None) -> None:
+        """Have `watcher(client, joined)` called for each client that comes, and that leaves.
+
+        On the I/O thread: it must not wait. It takes the place of the one before.
+        """
+        self._watcher = watcher
+
+    def _tell_watcher(self, client: Accepted, joined: bool) -> None:
+        watcher = self._watcher
+        if watcher is None:
+            return
+        try:
+            watcher(cast("UserClient", client), joined)
+        except Exception:
+            log.exception("service.watcher_failed", extra={"service": self.name})
 
     def admits(self, task: Task) -> bool:
         """Whether the rule lets a task in; a rule that raises admits nobody."""
@@ -247,17 +264,20 @@ class Accepting:
             self._of_task[client.task] += 1
             self._unseen.append(client)
             self._joining.notify_all()
+        self._tell_watcher(client, True)
 
     def _left(self, client: Accepted) -> None:
         with self._joining:
             self._strangers.pop(client, None)
             if client in self._unseen:
                 self._unseen.remove(client)
-            if client in self._clients:
-                self._clients.remove(client)
-                self._of_task[client.task] -= 1
-                if not self._of_task[client.task]:
-                    del self._of_task[client.task]
+            if client not in self._clients:
+                return
+            self._clients.remove(client)
+            self._of_task[client.task] -= 1
+            if not self._of_task[client.task]:
+                del self._of_task[client.task]
+        self._tell_watcher(client, False)
 
     # -- lifetime --------------------------------------------------------------------------------
 

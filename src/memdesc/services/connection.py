@@ -16,11 +16,11 @@ from memdesc.errors import (
     TimedOutError,
 )
 from memdesc.services import folder
+from memdesc.services.arrays import ArraysOf
 from memdesc.services.calls.calling import CallsTo
 from memdesc.services.events import Listening
 from memdesc.services.limits import Limits, check_limits
 from memdesc.services.queues.parts import QueuedTo
-from memdesc.services.sharing import SharedWith
 from memdesc.services.streams import Subscribing
 from memdesc.vm.task import Task
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from memdesc.services.reconnect import ReconnectingConnection
 
 
-class Connection(CallsTo, Listening, QueuedTo, Subscribing, SharedWith):
+class Connection(CallsTo, Listening, QueuedTo, Subscribing, ArraysOf):
     """A service as its client sees it; made by `connect`.
 
     Attributes

@@ -53,6 +53,8 @@ class Service(Calling, Notifying, Queueing, Streaming, Sharing, Succeeded):
     inherited : dict of str to ReceivedMemoryDescriptor
         What the service before this one shared with it, by name, also what had a rule of its own.
         Sealed memory is read-only here too: its owner, who could write it, was the other task.
+    opens, opened_bytes : int
+        How often clients have opened what is shared, and how long that was together.
 
     Raises
     ------
@@ -121,6 +123,7 @@ class Service(Calling, Notifying, Queueing, Streaming, Sharing, Succeeded):
                     enforced=descriptor.enforced,
                     shape=share.shape,
                     dtype=share.dtype,
+                    order="F" if share.column_major else "C",
                 )
 
     def _new_client(self, sock: sockets.socket) -> UserClient:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import socket as sockets
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +51,7 @@ class _Shared:
     enforced: bool
     shape: tuple[int, ...] | None
     dtype: str | None
+    column_major: bool
     allow: Allow | None
 
     def described(self) -> protocol.Share:
@@ -60,6 +63,7 @@ class _Shared:
             self.shape,
             self.dtype,
             self.allow is not None,
+            self.column_major,
         )
 
 
@@ -69,6 +73,7 @@ class Sharing(Accepting):
     def __init__(self, name: str, allow: Allow | None, limits: Limits) -> None:
         self._shares: dict[str, _Shared] = {}
         self._telling = False
+        self.opens = self.opened_bytes = 0
         super().__init__(name, allow, limits)
 
     def share(
@@ -80,6 +85,7 @@ class Sharing(Accepting):
         enforced: bool = True,
         shape: tuple[int, ...] | None = None,
         dtype: npt.DTypeLike | None = None,
+        order: str = "C",
         allow: Allow | None = None,
     ) -> None:
         """Let clients find a descriptor under a name. Replaces what was shared under it.
@@ -97,6 +103,8 @@ class Sharing(Accepting):
         shape, dtype : optional
             How `mapping.array()` looks at the other side. With `dtype` alone it is flat, and as
             long as the descriptor then is; a `shape` stays as it is when that grows.
+        order : {"C", "F"}
+            Whether the last or the first index varies fastest.
         allow : callable, optional
             Further rule for this share: takes the client's Task.
 
@@ -127,8 +135,8 @@ class Sharing(Accepting):
             )
         if descriptor.length:  # now, to who can do something about it; a client would get it later
             descriptor._extents(0, descriptor.length, access)
-        shape, kind = _check_layout(descriptor, shape, dtype)
-        shared = _Shared(name, descriptor, access, enforced, shape, kind, allow)
+        shape, kind = _check_layout(descriptor, shape, dtype, order)
+        shared = _Shared(name, descriptor, access, enforced, shape, kind, order == "F", allow)
         with self._lock:
             self._check_open()
             self._shares[name] = shared
@@ -144,6 +152,22 @@ class Sharing(Accepting):
                 raise ShareNotFoundError(
                     f"service {self.name!r} shares no {name!r}", errno=errno.ENOENT
                 )
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Make what is shared and unshared in this block known all at once, when it ends.
+
+        A client sees either nothing of it or all. Where the block raises nothing of it is done.
+        Clients that ask something of the service meanwhile wait: prepare everything before.
+        """
+        with self._lock:
+            self._check_open()
+            before = dict(self._shares)
+            try:
+                yield
+            except BaseException:
+                self._shares = before
+                raise
 
     def shares(self) -> list[protocol.Share]:
         """List what is shared."""
@@ -226,6 +250,8 @@ class SharingClient(Accepted):
             enforced=shared.enforced,
             user=self.task.credentials.uid,
         )
+        service.opens += 1
+        service.opened_bytes += shared.descriptor.length
         return protocol.Opened(request.id, shared.described(), portable), fds
 
     def _watch(
@@ -393,7 +419,7 @@ class SharedWith(Link):
             at_address=at_address,
         )
         if share.dtype is not None and mapping.length == descriptor.length:
-            mapping.layout = share.shape, share.dtype
+            mapping.layout = share.shape, share.dtype, "F" if share.column_major else "C"
         return mapping
 
     def _open(
@@ -427,7 +453,7 @@ class SharedWith(Link):
 
 
 def _check_layout(
-    descriptor: MemoryDescriptor, shape: tuple[int, ...] | None, dtype: Any
+    descriptor: MemoryDescriptor, shape: tuple[int, ...] | None, dtype: Any, order: str
 ) -> tuple[tuple[int, ...] | None, str | None]:
     """Check that an array of that form fits and can travel: (shape, array-protocol string)."""
     if shape is None and dtype is None:
@@ -439,5 +465,5 @@ def _check_layout(
         raise InvalidArgument(
             f"dtype {kind} can not travel: share it as bytes and give the dtype to array()"
         )
-    view = descriptor.array(shape, kind)
+    view = descriptor.array(shape, kind, order=order)
     return None if shape is None else view.shape, kind.str

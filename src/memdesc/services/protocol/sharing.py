@@ -14,7 +14,7 @@ class Share(msgspec.Struct, frozen=True):
     """What a service tells of one thing that it shares.
 
     `dtype` is NumPy's string for it; `ruled` says that the share has a rule of its own for who
-    may open it.
+    may open it; `column_major` that the first index of the array varies fastest.
     """
 
     name: Name
@@ -23,6 +23,7 @@ class Share(msgspec.Struct, frozen=True):
     shape: Shape | None = None
     dtype: Name | None = None
     ruled: bool = False
+    column_major: bool = False
 
 
 class ListShares(msgspec.Struct, frozen=True, tag=True):

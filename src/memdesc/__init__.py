@@ -69,8 +69,6 @@ from memdesc.descriptors.sub import SubMemoryDescriptor as SubMemoryDescriptor
 from memdesc.errors import (
     AccessDeniedError as AccessDeniedError,
     AllocationError as AllocationError,
-    BlockExistsError as BlockExistsError,
-    BlockNotFoundError as BlockNotFoundError,
     ClosedError as ClosedError,
     CopyError as CopyError,
     DeviceError as DeviceError,
@@ -136,15 +134,6 @@ if TYPE_CHECKING:
         io_malloc_pageable as io_malloc_pageable,
         zprint as zprint,
     )
-    from memdesc.interop.arrays import (
-        Slab as Slab,
-        asarray as asarray,
-        descriptor_of as descriptor_of,
-        empty as empty,
-        empty_like as empty_like,
-        zeros as zeros,
-        zeros_like as zeros_like,
-    )
     from memdesc.queues import (
         Consumer as Consumer,
         Producer as Producer,
@@ -200,13 +189,6 @@ _LATER = {
     "io_malloc_contiguous": "memdesc.alloc",
     "io_malloc_pageable": "memdesc.alloc",
     "zprint": "memdesc.alloc",
-    "Slab": "memdesc.interop.arrays",
-    "asarray": "memdesc.interop.arrays",
-    "descriptor_of": "memdesc.interop.arrays",
-    "empty": "memdesc.interop.arrays",
-    "empty_like": "memdesc.interop.arrays",
-    "zeros": "memdesc.interop.arrays",
-    "zeros_like": "memdesc.interop.arrays",
 }
 
 

@@ -19,6 +19,8 @@ Where to begin; `help(memdesc.Service)` and so on tells more:
 * `dma.DMACommand`                 pins memory for a device, and tells where it physically lies
 * `dma.CudaDevice`                 registers descriptors with a GPU, and copies from and to it
 * `files.FileServer`, `files.load`  arrays of files, loaded once, served to any process
+* `empty`, `zeros`, `asarray`, `Slab`, `descriptor_of`   NumPy arrays that live in descriptors
+* `interop.multiprocessing`        such arrays as handles through Process, Queue, Pipe and Pool
 * `recycler`                       what is kept of freed buffers for the next ones
 * `Access`, `Direction`, `PageKind`, `Contents`    words for arguments
 * `MemdescError`                   the root of all errors; `MappingReason`, `WiringReason`
@@ -27,7 +29,7 @@ The house, from the top down; a room knows only those below it:
 
 * `cli`, `testing`       the command line; the conformance suite, leak guard and fault injection
 * `iokit`                the model's own spelling
-* `files`                arrays out of files, served
+* `interop`, `files`     our memory in what others made; arrays out of files, served
 * `services`             services and connections: who may see which memory
 * `dma`                  disks and GPUs on the same pages; physical segments
 * `streams`              slots of shared memory, filled in place by one, seen in place by many
@@ -122,7 +124,7 @@ from memdesc.vm.task import Task as Task
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from memdesc import dma as dma, files as files
+    from memdesc import dma as dma, files as files, interop as interop
     from memdesc.alloc import (
         PageBlock as PageBlock,
         Zone as Zone,
@@ -133,6 +135,15 @@ if TYPE_CHECKING:
         io_malloc_contiguous as io_malloc_contiguous,
         io_malloc_pageable as io_malloc_pageable,
         zprint as zprint,
+    )
+    from memdesc.interop.arrays import (
+        Slab as Slab,
+        asarray as asarray,
+        descriptor_of as descriptor_of,
+        empty as empty,
+        empty_like as empty_like,
+        zeros as zeros,
+        zeros_like as zeros_like,
     )
     from memdesc.queues import (
         Consumer as Consumer,
@@ -189,10 +200,17 @@ _LATER = {
     "io_malloc_contiguous": "memdesc.alloc",
     "io_malloc_pageable": "memdesc.alloc",
     "zprint": "memdesc.alloc",
+    "Slab": "memdesc.interop.arrays",
+    "asarray": "memdesc.interop.arrays",
+    "descriptor_of": "memdesc.interop.arrays",
+    "empty": "memdesc.interop.arrays",
+    "empty_like": "memdesc.interop.arrays",
+    "zeros": "memdesc.interop.arrays",
+    "zeros_like": "memdesc.interop.arrays",
 }
 
 
-_ROOMS = ("dma", "files")
+_ROOMS = ("dma", "files", "interop")
 
 
 def __getattr__(name: str) -> object:

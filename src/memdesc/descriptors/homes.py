@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from memdesc import _core
@@ -30,19 +31,51 @@ def note_home(window: object, descriptor: Mappable, offset: int) -> None:
         _homes[window.memory] = weakref.ref(descriptor), window.offset - offset
 
 
+@dataclass(frozen=True, slots=True)
+class Home:
+    """Where the bytes of a buffer lie: `length` of them at `offset` of a descriptor."""
+
+    descriptor: MemoryDescriptor
+    offset: int
+    length: int
+
+
+def home_of(buffer: Any) -> Home | None:
+    """Find where a buffer lies; None as of `descriptor_of`, and for one of no bytes."""
+    window = _exporter_of(buffer)
+    if not isinstance(window, _core.Window):
+        return None
+    found = _homes.get(window.memory)
+    descriptor: Any = None if found is None else found[0]()
+    if found is None or descriptor is None or descriptor.closed:
+        return None
+    address, length = span_of(buffer)
+    offset = address - window.memory.address - found[1]
+    if not length or offset < 0 or offset + length > descriptor.length:
+        return None  # it was shortened since
+    return Home(descriptor, offset, length)
+
+
 def descriptor_of(buffer: Any) -> MemoryDescriptor | None:
     """Find the descriptor whose pages a buffer lies in; None where it lies in none of this task.
 
     Parameters
     ----------
     buffer : buffer
-        Contiguous: an array, a memoryview, a mapping, or a slice of one.
+        An array, a memoryview, a mapping, or a slice of one. Of an array with gaps, or in any
+        order, it is the bytes from the first to the last one.
 
     Returns
     -------
     MemoryDescriptor or None
-        Of just those bytes: a `SubMemoryDescriptor` where they are not all that is described.
-        None too where the descriptor that the memory came from was closed or collected.
+        Of just those bytes: a `SubMemoryDescriptor`, with its `parent`, `offset` and `length`,
+        where they are not all that is described. None too where the descriptor that the memory
+        came from was closed or collected, and for no bytes.
+
+    Raises
+    ------
+    InvalidArgument
+        It is no array, and not contiguous.
 
     Examples
     --------
@@ -50,45 +83,55 @@ def descriptor_of(buffer: Any) -> MemoryDescriptor | None:
     >>> frames = BufferMemoryDescriptor(100)
     >>> descriptor_of(frames.array()) is frames
     True
-    >>> descriptor_of(frames.array()[10:]).offset
-    10
+    >>> part = descriptor_of(frames.array()[10:30:2])
+    >>> part.parent is frames, part.offset, part.length
+    (True, 10, 19)
     >>> descriptor_of(bytearray(100)) is None
     True
     """
-    window = _exporter_of(buffer)
-    if not isinstance(window, _core.Window):
+    from memdesc.descriptors.sub import SubMemoryDescriptor
+
+    home = home_of(buffer)
+    if home is None:
         return None
-    found = _homes.get(window.memory)
-    descriptor = None if found is None else found[0]()
-    if found is None or descriptor is None or descriptor.closed:
-        return None
-    with bytes_of(buffer) as view:
-        address, nbytes, _ = _core.buffer_address(view)
-    offset = address - window.memory.address - found[1]
-    return _part(descriptor, offset, nbytes)
+    if (home.offset, home.length) == (0, home.descriptor.length):
+        return home.descriptor
+    return SubMemoryDescriptor(home.descriptor, home.offset, home.length)
+
+
+def span_of(buffer: Any) -> tuple[int, int]:
+    """Tell (address, bytes) of what reaches from the first to the last byte of a buffer."""
+    if not _is_array(buffer):
+        with bytes_of(buffer) as view:
+            address, nbytes, _ = _core.buffer_address(view)
+        return address, nbytes
+    first: int = buffer.__array_interface__["data"][0]
+    if not buffer.size:
+        return first, 0
+    steps = [(n - 1) * step for n, step in zip(buffer.shape, buffer.strides, strict=True)]
+    low = sum(step for step in steps if step < 0)
+    high = sum(step for step in steps if step > 0) + buffer.itemsize
+    return first + low, high - low
+
+
+def _is_array(value: object) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.ndarray)
 
 
 def _exporter_of(buffer: Any) -> object:
     """What the memory of a view belongs to, behind all views of views."""
-    numpy = sys.modules.get("numpy")
+    pickle = sys.modules.get("pickle")
     found: Any = buffer
     while True:
-        if numpy is not None and isinstance(found, numpy.ndarray):
+        if _is_array(found):
             found = found.base
         elif isinstance(found, memoryview):
             found = found.obj
         elif isinstance(found, _core.Exporter):
             found = found._export()
+        elif pickle is not None and isinstance(found, pickle.PickleBuffer):
+            with memoryview(found) as view:
+                found = view.obj
         else:
             return found
-
-
-def _part(descriptor: Any, offset: int, nbytes: int) -> MemoryDescriptor | None:
-    from memdesc.descriptors.sub import SubMemoryDescriptor
-
-    if offset < 0 or offset + nbytes > descriptor.length:
-        return None  # it was shortened since
-    if (offset, nbytes) == (0, descriptor.length):
-        whole: MemoryDescriptor = descriptor
-        return whole
-    return SubMemoryDescriptor(descriptor, offset, nbytes)

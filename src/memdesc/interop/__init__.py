@@ -5,3 +5,22 @@
 * `shared_memory`     the interface of `multiprocessing.shared_memory`
 * `torch`             tensors, and batches that workers write where a GPU reads them
 """
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import memdesc.interop.arrays as arrays
+    import memdesc.interop.multiprocessing as multiprocessing
+
+__all__ = ["arrays", "multiprocessing"]
+
+_MODULES = ("arrays", "multiprocessing", "shared_memory", "torch")
+
+
+def __getattr__(name: str) -> object:
+    import importlib
+
+    if name not in _MODULES:
+        raise AttributeError(f"module 'memdesc.interop' has no attribute {name!r}")
+    return importlib.import_module(f"memdesc.interop.{name}")

@@ -1,0 +1,322 @@
+"""Arrays that live in descriptors travel through `multiprocessing` as handles, not as bytes.
+
+After `install`, what is sent of such an array through a Process's arguments, a Queue, a Pipe, a
+Pool or `concurrent.futures` is a few hundred bytes; the receiver maps the same pages. All other
+arrays travel as before. The file descriptors go by `transit`.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import os
+import pickle
+import typing
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import reduction
+from multiprocessing.context import get_spawning_popen
+from typing import TYPE_CHECKING, Any
+
+from memdesc.descriptors.homes import Home, home_of, span_of
+from memdesc.descriptors.received import ReceivedMemoryDescriptor
+from memdesc.descriptors.sub import SubMemoryDescriptor
+from memdesc.errors import (
+    ClosedError,
+    InvalidArgument,
+    MappingError,
+    MappingReason,
+    MemdescError,
+    SealedError,
+)
+from memdesc.handover import pack, portable_type, unpack
+from memdesc.interop.arrays import Keeper, placed
+from memdesc.interop.multiprocessing import transit
+from memdesc.mapping import Extent
+from memdesc.vm.pages import Access
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+
+__all__ = [
+    "ArrayLostError",
+    "Transit",
+    "in_transit",
+    "install",
+    "installed",
+    "uninstall",
+    "writable",
+]
+
+
+class ArrayLostError(MemdescError, RuntimeError):
+    """An array that was sent as a handle can not be had here; its cause says why.
+
+    No OSError: that a worker of `multiprocessing.Pool` takes for the end of its pipe, silently.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Transit:
+    """What this process keeps for receivers that did not come yet: arrays, and objects (files)."""
+
+    arrays: int
+    objects: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    access: Access
+    plain: str
+    before: Any
+    """What `multiprocessing` reduced arrays with."""
+
+
+_settings: _Settings | None = None
+_writable: dict[int, weakref.ref[Array]] = {}
+_mapped: weakref.WeakValueDictionary[tuple[Any, ...], Keeper] = weakref.WeakValueDictionary()
+"""By device, inode and access: what of others' memory is mapped here, for their next arrays."""
+
+
+def install(*, access: Access = Access.READ_ONLY, plain: str = "copy") -> None:
+    """Have arrays that live in descriptors sent as handles by this process, from now on.
+
+    What is received needs no `install`. A fork child has its parent's; a process that is spawned
+    has none, and what it sends goes by value until it calls this too
+    (``Pool(initializer=install)``). The first process of a family should: it keeps for all what is
+    on its way (`docs/multiprocessing.md`).
+
+    Parameters
+    ----------
+    access : Access
+        The most that receivers get. READ_WRITE where the array and `max_access` of its descriptor
+        allow it too, else read-only. What `max_access` forbids the kernel forbids; below that it
+        is a courtesy among the processes of one program.
+    plain : {"copy", "refuse"}
+        What plain `pickle.dumps` does with such an array: copy its bytes, as NumPy does, or raise
+        TypeError, so that no large copy goes unnoticed. With protocol 5 the bytes are left to the
+        caller's `buffer_callback` in any case.
+
+    Notes
+    -----
+    Again changes the settings. The receiver sees what is stored in the memory after sending, too:
+    send a `snapshot` of what you go on writing. Threads: one setting for all of the process.
+
+    Linux: an abstract Unix socket and SCM_RIGHTS, served by the I/O thread; no privilege. A
+    message reaches processes of the same user in the same network namespace.
+    """
+    import numpy as np
+
+    global _settings
+    if plain not in ("copy", "refuse"):
+        raise InvalidArgument(f"plain is {plain!r}: give 'copy' or 'refuse'")
+    access = Access(access)
+    reducers = _reducers()
+    before = reducers.get(np.ndarray) if _settings is None else _settings.before
+    transit.ways.to_send()
+    _settings = _Settings(access, plain, before)
+    reducers[np.ndarray] = _reduce
+    _refuse_plain(plain == "refuse")
+
+
+def uninstall() -> None:
+    """Send arrays by value again, as before `install`. Without one before it is a no-op.
+
+    What is on its way can still be received; the socket is closed once nothing is.
+    """
+    import numpy as np
+
+    global _settings
+    if _settings is None:
+        return
+    reducers = _reducers()
+    if _settings.before is None:
+        reducers.pop(np.ndarray, None)
+    else:
+        reducers[np.ndarray] = _settings.before
+    _refuse_plain(False)
+    _settings = None
+    transit.ways.close()
+
+
+@contextmanager
+def installed(*, access: Access = Access.READ_ONLY, plain: str = "copy") -> Iterator[None]:
+    """Install for the length of a ``with`` block; then what held before it holds again."""
+    before = _settings
+    install(access=access, plain=plain)
+    try:
+        yield
+    finally:
+        if before is None:
+            uninstall()
+        else:
+            install(access=before.access, plain=before.plain)
+
+
+def writable(array: Array) -> Array:
+    """Let whoever receives this array write it; gives the array back.
+
+    This array object, not views of it that are made later.
+
+    Raises
+    ------
+    InvalidArgument
+        It lies in no descriptor, so what is received is a copy.
+    SealedError
+        It is read-only, or its descriptor gives others no more: make that with
+        ``max_access=READ_WRITE`` (EACCES).
+    """
+    import errno
+
+    home = home_of(array)
+    if home is None:
+        raise InvalidArgument(
+            "the array lies in no descriptor that is open, so receivers get a copy, which they can "
+            "write anyhow: make it with memdesc.empty"
+        )
+    if not array.flags.writeable or not home.descriptor.max_access.writable:
+        raise SealedError(
+            f"the array can not be sent for writing: {home.descriptor.name!r} gives others "
+            f"{home.descriptor.max_access.value} at most, and the array is "
+            f"{'writable' if array.flags.writeable else 'read-only'} here; make it with "
+            "max_access=READ_WRITE",
+            errno=errno.EACCES,
+        )
+    number = id(array)
+    _writable[number] = weakref.ref(array, lambda _: _writable.pop(number, None))
+    return array
+
+
+def in_transit() -> Transit:
+    """Tell what this process keeps for receivers: what is on its way, and what none will take.
+
+    A handle that is never unpickled (a killed worker's, a dropped queue's) keeps its memory, and
+    one file descriptor, until this process ends.
+    """
+    holder = transit.ways.holder
+    return Transit(0, 0) if holder is None else Transit(*holder.counts())
+
+
+# -- sending ---------------------------------------------------------------------------------------
+
+
+def _reducers() -> dict[type, Callable[[Any], Any]]:
+    """The table behind `ForkingPickler.register`, which has no way to undo it."""
+    return reduction.ForkingPickler._extra_reducers  # type: ignore[attr-defined,no-any-return]
+
+
+def _reduce(array: Array) -> Any:
+    """What `multiprocessing` sends of an array: a handle, or what it did before."""
+    home = home_of(array)
+    settings = _settings
+    if home is None or settings is None:
+        return _by_value(array)
+    access = _access(array, home, settings)
+    try:
+        part = SubMemoryDescriptor(home.descriptor, home.offset, home.length)
+        # Below what its seals allow, read-only is a courtesy: a family is one program.
+        portable, fds = pack(part, access, enforced=False, user=os.geteuid())
+    except ClosedError:
+        return _by_value(array)  # another thread did it just now
+    except MappingError as error:
+        if error.reason is MappingReason.TOO_MANY_FILES:
+            raise
+        return _by_value(array)  # private memory, and what else nobody can be given
+    import msgspec
+
+    address, tokens = transit.leave(fds)
+    starting = get_spawning_popen()
+    if starting is not None:
+        transit.forget_with(starting, tokens)
+    first = array.__array_interface__["data"][0] - span_of(array)[0]
+    form = array.dtype, array.shape, array.strides, first
+    return _rebuild, (msgspec.msgpack.encode(portable), address, tokens, form)
+
+
+def _access(array: Array, home: Home, settings: _Settings) -> Access:
+    marked = _writable.get(id(array))
+    wanted = settings.access.writable or (marked is not None and marked() is array)
+    allowed = array.flags.writeable and home.descriptor.max_access.writable
+    return Access.READ_WRITE if wanted and allowed else Access.READ_ONLY
+
+
+def _by_value(array: Array) -> Any:
+    if _settings is not None and _settings.before is not None:
+        return _settings.before(array)
+    return array.__reduce_ex__(pickle.DEFAULT_PROTOCOL)
+
+
+# -- receiving -------------------------------------------------------------------------------------
+
+
+def _rebuild(header: bytes, address: bytes, tokens: list[bytes], form: Any) -> Array:
+    import msgspec
+
+    dtype, shape, strides, first = form
+    try:
+        fds = transit.take(address, tokens)
+        portable = msgspec.msgpack.decode(header, type=portable_type())
+        keeper, start = _keeper_of(unpack(portable, fds))
+    except OSError as error:
+        raise ArrayLostError(
+            f"an array of shape {shape} and dtype {dtype} that was sent to task {os.getpid()} can "
+            f"not be had: {error}",
+            errno=error.errno,
+        ) from error
+    return placed(keeper, shape, dtype, offset=start + first, strides=strides)
+
+
+def _keeper_of(received: ReceivedMemoryDescriptor) -> tuple[Keeper, int]:
+    """Map what came, or find it mapped: (what keeps it, where in that the bytes begin)."""
+    if len(received._parts) != 1:
+        return Keeper(received), 0
+    (extent,) = received._parts
+    key = *extent.object.identity, received.max_access
+    keeper = _mapped.get(key)
+    if keeper is not None:
+        received.close()
+        return keeper, extent.offset
+    # All of the object: its other parts may come, too, and who has one can map the rest.
+    whole = ReceivedMemoryDescriptor(
+        [Extent(extent.object, 0, extent.object.size)],
+        direction=received.direction,
+        name=received.name,
+    )
+    keeper = _mapped[key] = Keeper(whole)
+    return keeper, extent.offset
+
+
+# -- plain pickle ----------------------------------------------------------------------------------
+
+
+class _Plain:
+    """Stands for an array until the pickler tells its protocol."""
+
+    def __init__(self, array: Array) -> None:
+        self._array = array
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if protocol < 5 and home_of(self._array) is not None:
+            raise TypeError(
+                f"an array of {self._array.nbytes:,} bytes that lives in a descriptor is not "
+                "pickled, as this process said (plain='refuse'): send it through multiprocessing, "
+                "pickle it with protocol 5 and a buffer_callback, or pickle array.copy()"
+            )
+        return self._array.__reduce_ex__(protocol)
+
+
+def _plainly(array: Array) -> Any:
+    # `cast` gives its second argument back: a pickle of another array needs nothing of ours.
+    return typing.cast, (None, _Plain(array))
+
+
+def _refuse_plain(refuse: bool) -> None:
+    import numpy as np
+
+    if refuse:
+        copyreg.pickle(np.ndarray, _plainly)
+    elif copyreg.dispatch_table.get(np.ndarray) is _plainly:
+        del copyreg.dispatch_table[np.ndarray]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -12,13 +14,15 @@ from types import FrameType
 import click
 
 from memdesc import __version__, crossing
-from memdesc.cli import completion, doctor as doctors, ls as lists
+from memdesc.cli import completion, doctor as doctors, ls as lists, top as tops
 from memdesc.cli.demo import run
 from memdesc.cli.demo_files import UnusableFile
 from memdesc.cli.demo_screen import Screen
 from memdesc.cli.doctor_screen import DoctorScreen
 from memdesc.cli.ls_screen import LsScreen
 from memdesc.cli.reader_gone import Commands
+from memdesc.cli.serve_command import serve
+from memdesc.cli.top_screen import TopScreen
 from memdesc.cli.words import as_json as to_json
 from memdesc.errors import MemdescError
 
@@ -114,6 +118,43 @@ def ls(service: str | None, long: bool, as_json: bool) -> None:
     else:
         LsScreen(to_stderr=missing).tell(report, long=long or service is not None)
     sys.exit(1 if missing else 0)
+
+
+@memdesc.command()
+@click.option(
+    "--interval",
+    type=click.FloatRange(0.1, 3600),
+    default=2.0,
+    show_default=True,
+    help="Seconds from one look to the next.",
+)
+@click.option("--once", is_flag=True, help="One table; its rates are of one interval.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON object on a line for each look.")
+def top(interval: float, once: bool, as_json: bool) -> None:
+    """Show what moves: calls, entries, slots and bytes a second of each service, and its memory.
+
+    Live on a terminal, where q or Ctrl-C ends it; one table where it is piped. Exit status: 0.
+    """
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGHUP, _stop)
+    screen = TopScreen(to_stderr=False)
+    with tops.Looks() as looks, contextlib.suppress(KeyboardInterrupt):
+        if screen.live and not once and not as_json:
+            screen.run(looks, interval)
+            return
+        looks.look()
+        while True:
+            time.sleep(interval)
+            report = looks.look()
+            if not as_json:
+                screen.tell(report)
+            else:
+                print(to_json(report, indent=None), flush=True)
+            if once or not as_json:
+                return
+
+
+memdesc.add_command(serve)
 
 
 def _stop(number: int, _: FrameType | None) -> None:

@@ -24,6 +24,7 @@ from memdesc.errors import (
 from memdesc.services import folder, protocol
 from memdesc.services.describing import Inquiry
 from memdesc.services.protocol.describing import Item
+from memdesc.vm.task import Task
 
 PATIENCE = 1.0
 """Seconds that services have to answer, all of them together."""
@@ -45,8 +46,8 @@ class Seen:
         one listens; `missing`: there is no such socket.
     why : str
         Where it is not `serving`.
-    pid, uid : int, optional
-        Who listens, by the kernel's word.
+    task : Task, optional
+        Who listens, by the kernel's word; the watch's own, which closes it.
     told : Described, optional
         The service's own word, as is `items`.
     """
@@ -55,12 +56,21 @@ class Seen:
     path: Path
     state: str = "serving"
     why: str = ""
-    pid: int | None = None
-    uid: int | None = None
+    task: Task | None = None
     told: protocol.Described | None = None
     items: list[Item] = field(default_factory=list)
     at: float = 0.0
     """When it was asked (`time.monotonic`)."""
+
+    @property
+    def pid(self) -> int | None:
+        """Of who listens."""
+        return None if self.task is None else self.task.pid
+
+    @property
+    def uid(self) -> int | None:
+        """Whose that process is."""
+        return None if self.task is None else self.task.credentials.uid
 
 
 class Watch:
@@ -92,8 +102,7 @@ class Watch:
                 if again:
                     continue
                 return False
-            if inquiry.task is not None:
-                seen.pid, seen.uid = inquiry.task.pid, inquiry.task.credentials.uid
+            seen.task = inquiry.task
             seen.at, seen.state, seen.why = time.monotonic(), "serving", ""
             return True
         return False

@@ -150,7 +150,8 @@ def _pages(known: HeldObject) -> str | None:
         return None
     if known.page_size > page_size:
         return "huge"
-    return "transparent huge" if any(one.huge for one in known.holders.values()) else "base"
+    mostly = any(one.huge * 2 > one.resident for one in known.holders.values())
+    return "transparent huge" if mostly else "base"
 
 
 def _holder(one: Holding, programs: dict[int, str]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from memdesc.cli.printer import Printer
 from memdesc.cli.words import amount, count, harmless, user
 
 _NUMBERS = ("clients", "shares", "queues", "streams")
-_STATES = {
+STATES = {
     "silent": "does not answer (stopped, or busy?)",
     "denied": "tells its own user and root alone",
     "unknown": "does not say what it has",
@@ -58,7 +58,7 @@ class LsScreen(Printer):
         if one["state"] != "serving":
             who = "" if one["pid"] is None else f" (task {one['pid']}, {_program(one, 30)})"
             self._line(
-                f"{harmless(one['name'], 60)}{who}: {_STATES[one['state']]}",
+                f"{harmless(one['name'], 60)}{who}: {STATES[one['state']]}",
                 hang=4,
                 style="yellow",
             )

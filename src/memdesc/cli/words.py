@@ -54,6 +54,18 @@ def amount(nbytes: int | None) -> str:
     return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f} {_UNITS[unit]}"
 
 
+def short(nbytes: float | None) -> str:
+    """Give bytes in at most five characters: `47.5M`, in powers of 1024; `.` for none."""
+    if nbytes is None:
+        return "-"
+    value = float(nbytes)
+    for unit in ("", "K", "M", "G", "T", "P"):
+        if value < 999.5:
+            return "." if not value else f"{value:.{1 if unit and value < 99.95 else 0}f}{unit}"
+        value /= 1024
+    return f"{value:.0f}E"
+
+
 def rate(value: float | None) -> str:
     """Give events a second, short: `12`, `3.4k`, `1.2M`; `-` for None, `.` for none."""
     if value is None:

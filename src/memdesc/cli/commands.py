@@ -21,6 +21,7 @@ from memdesc.cli.demo_screen import Screen
 from memdesc.cli.doctor_screen import DoctorScreen
 from memdesc.cli.ls_screen import LsScreen
 from memdesc.cli.reader_gone import Commands
+from memdesc.cli.serve_command import serve
 from memdesc.cli.top_screen import TopScreen
 from memdesc.cli.words import as_json as to_json
 from memdesc.errors import MemdescError
@@ -153,6 +154,9 @@ def top(interval: float, once: bool, as_json: bool) -> None:
                 return
 
 
+
+
+memdesc.add_command(serve)
 
 
 def _stop(number: int, _: FrameType | None) -> None:

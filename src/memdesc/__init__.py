@@ -71,6 +71,8 @@ from memdesc.descriptors.sub import SubMemoryDescriptor as SubMemoryDescriptor
 from memdesc.errors import (
     AccessDeniedError as AccessDeniedError,
     AllocationError as AllocationError,
+    BlockExistsError as BlockExistsError,
+    BlockNotFoundError as BlockNotFoundError,
     ClosedError as ClosedError,
     CopyError as CopyError,
     DeviceError as DeviceError,

@@ -38,6 +38,8 @@ __all__ = [
     "SegmentReason",
     "ServiceNotFoundError",
     "NameInUseError",
+    "BlockExistsError",
+    "BlockNotFoundError",
     "ShareNotFoundError",
     "MethodNotFoundError",
     "RemoteError",
@@ -443,6 +445,14 @@ class ServiceNotFoundError(MemdescError, ConnectionError):
 
 class NameInUseError(MemdescError, OSError):
     """A living service has that name (EADDRINUSE)."""
+
+
+class BlockExistsError(MemdescError, FileExistsError):
+    """A block of shared memory of that name exists (EEXIST)."""
+
+
+class BlockNotFoundError(MemdescError, FileNotFoundError):
+    """There is no block of shared memory of that name, or not any more (ENOENT)."""
 
 
 class ShareNotFoundError(MemdescError, KeyError):

@@ -20,7 +20,7 @@ from memdesc.descriptors.copy_on_write import SnapshotReason
 from memdesc.descriptors.freezing import Frozen, Reader, copied
 from memdesc.descriptors.mappable import Mappable
 from memdesc.errors import InvalidArgument, NotPreparedError, SealedError, WiringError, WiringReason
-from memdesc.mapping import check_range, view_as_array
+from memdesc.mapping import GivesArrays, check_range, view_as_array
 from memdesc.vm.pages import Direction, page_size, page_span
 from memdesc.vm.physical import PhysicalSegment, physical_runs
 from memdesc.vm.task import Task
@@ -45,7 +45,7 @@ class PageCounts:
     resident: int
 
 
-class MemoryDescriptor(Mappable):
+class MemoryDescriptor(GivesArrays, Mappable):
     """Describes memory (I/O Kit: IOMemoryDescriptor).
 
     Every descriptor gives the buffer protocol; views keep the memory alive. Leaving a ``with``

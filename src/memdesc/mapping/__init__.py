@@ -30,4 +30,8 @@ from memdesc.mapping.place import (
     map_extents as map_extents,
     part_of as part_of,
 )
-from memdesc.mapping.views import check_range as check_range, view_as_array as view_as_array
+from memdesc.mapping.views import (
+    GivesArrays as GivesArrays,
+    check_range as check_range,
+    view_as_array as view_as_array,
+)

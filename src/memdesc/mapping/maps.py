@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, final
 
 from memdesc import _core
 from memdesc.errors import ClosedError
-from memdesc.mapping.views import check_range, view_as_array
+from memdesc.mapping.views import GivesArrays, check_range, view_as_array
 from memdesc.vm.forks import lock_for
 from memdesc.vm.pages import Access
 from memdesc.vm.task import Task
@@ -85,7 +85,7 @@ class MemoryMap(ABC):
 
 
 @final
-class LocalMemoryMap(MemoryMap, _core.Exporter):
+class LocalMemoryMap(MemoryMap, GivesArrays, _core.Exporter):
     """A mapping in this task: a buffer whose views keep the memory alive.
 
     Threads: safe. Fork: the child inherits it (the same trust domain).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from memdesc.errors import InvalidArgument, RangeError
@@ -49,7 +50,7 @@ def view_as_array(
     order : {"C", "F"}
         Row-major or column-major.
     offset : int
-        Bytes before the first element.
+        Bytes before the first element, which need not be aligned.
 
     Returns
     -------
@@ -76,11 +77,12 @@ def view_as_array(
     offset, room = check_range(offset, None, nbytes, "the memory")
     if shape is None:
         shape = (room // kind.itemsize,)
-    elif isinstance(shape, int):
-        shape = (shape,)
+    elif not isinstance(shape, (tuple, list)):
+        shape = (check_integer(shape, "shape"),)
+    shape = tuple(check_integer(extent, "shape") for extent in shape)
     count = 1
     for extent in shape:
-        if check_integer(extent, "shape") < 0:
+        if extent < 0:
             raise InvalidArgument(f"shape {shape} has a negative extent")
         count *= extent
     if count * kind.itemsize > room:
@@ -93,3 +95,26 @@ def view_as_array(
         return np.empty(shape, kind)
     flat = np.frombuffer(buffer, kind, count=count, offset=offset)
     return flat.reshape(shape, order="F" if order == "F" else "C")
+
+
+class GivesArrays(ABC):
+    """What can be viewed as an array gives that by DLPack too."""
+
+    @abstractmethod
+    def array(self) -> np.ndarray[Any, Any]:
+        """View the memory as an array."""
+
+    def __dlpack__(self, **options: Any) -> Any:
+        """Give `array()` as DLPack: read-only memory is marked so, or refused to who can not see.
+
+        Raises
+        ------
+        BufferError
+            It is read-only, and the consumer did not say ``max_version=(1, 0)`` or later.
+        """
+        capsule: Any = self.array().__dlpack__(**options)
+        return capsule
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """Say that the memory is the processor's (kDLCPU)."""
+        return 1, 0

@@ -14,12 +14,14 @@ from types import FrameType
 import click
 
 from memdesc import __version__, crossing
-from memdesc.cli import completion, doctor as doctors, ls as lists, top as tops
+from memdesc.cli import completion, doctor as doctors, ls as lists, map as maps, top as tops
 from memdesc.cli.demo import run
 from memdesc.cli.demo_files import UnusableFile
 from memdesc.cli.demo_screen import Screen
 from memdesc.cli.doctor_screen import DoctorScreen
 from memdesc.cli.ls_screen import LsScreen
+from memdesc.cli.map_screen import MapScreen
+from memdesc.cli.map_svg import draw
 from memdesc.cli.reader_gone import Commands
 from memdesc.cli.serve_command import serve
 from memdesc.cli.top_screen import TopScreen
@@ -154,9 +156,34 @@ def top(interval: float, once: bool, as_json: bool) -> None:
                 return
 
 
-
-
 memdesc.add_command(serve)
+
+
+@memdesc.command("map")
+@click.argument("pid", type=click.IntRange(1, 2**31 - 1), shell_complete=completion.pids)
+@click.option("--all", "whole", is_flag=True, help="Every region in a band of its own.")
+@click.option(
+    "--svg", type=click.Path(path_type=Path), metavar="FILE", help="Draw it into FILE instead."
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, with every region.")
+def map_(pid: int, whole: bool, svg: Path | None, as_json: bool) -> None:
+    """Draw the address space of PID, and tell who else has what is shared in it.
+
+    The address spaces of other users' tasks are for root. Exit status: 0; 1 if there is no such
+    task, or nothing of its address space may be seen (it says what would show it).
+    """
+    report = maps.gather(pid)
+    if svg is not None and report["hidden"] is None:
+        try:
+            svg.write_text(draw(report, fold=not whole), encoding="ascii")
+        except OSError as error:
+            print(f"memdesc map: {svg}: {error.strerror}", file=sys.stderr)
+            sys.exit(1)
+    if as_json:
+        print(to_json(report))
+    elif svg is None or report["hidden"] is not None:
+        MapScreen(to_stderr=False).tell(report, fold=not whole)
+    sys.exit(0 if report["hidden"] is None else 1)
 
 
 def _stop(number: int, _: FrameType | None) -> None:

@@ -137,15 +137,16 @@ def _object(device: int, inode: int, seen: Survey, programs: dict[int, str]) -> 
         "inode": inode,
         "nbytes": known.nbytes,
         "allocated": known.allocated,
-        "pages": _pages(known),
+        "pages": pages_of(known),
         "page_size": known.page_size,
         "huge": max((one.huge for one in holders), default=0),
         "wired": max((one.wired for one in holders), default=0),
-        "holders": [_holder(one, programs) for one in holders],
+        "holders": [holder_record(one, programs) for one in holders],
     }
 
 
-def _pages(known: HeldObject) -> str | None:
+def pages_of(known: HeldObject) -> str | None:
+    """Say what pages an object is mapped by; None where nobody has it."""
     if not known.holders:
         return None
     if known.page_size > page_size:
@@ -154,7 +155,8 @@ def _pages(known: HeldObject) -> str | None:
     return "transparent huge" if mostly else "base"
 
 
-def _holder(one: Holding, programs: dict[int, str]) -> dict[str, Any]:
+def holder_record(one: Holding, programs: dict[int, str]) -> dict[str, Any]:
+    """Tell what a task has of an object; `programs` keeps what was read of it."""
     if one.pid not in programs:
         programs[one.pid] = program_of(one.pid)
     return {

@@ -133,5 +133,7 @@ def _exporter_of(buffer: Any) -> object:
         elif pickle is not None and isinstance(found, pickle.PickleBuffer):
             with memoryview(found) as view:
                 found = view.obj
+        elif hasattr(found, "__array_interface__"):  # as_strided puts one between
+            found = getattr(found, "base", None)
         else:
             return found

@@ -205,6 +205,8 @@ def _make_like(
     # The axes in the order in which they lie in memory, the one with the largest steps first.
     axes = sorted(range(like.ndim), key=lambda axis: -abs(like.strides[axis]))
     made = _make([like.shape[axis] for axis in axes], kind, "C", contents, options)
+    if axes == list(range(like.ndim)):
+        return made
     back = [axes.index(axis) for axis in range(like.ndim)]
     return made.transpose(back + list(range(like.ndim, made.ndim)))
 

@@ -49,7 +49,8 @@ class Placement:
     `at_address`: exactly there, page-aligned, never over anything that is mapped (None:
     anywhere). `guard_pages`: pages without access on each side. `prefault`: fault all pages in
     now. `unique`: at new addresses, never at those where the memory lies already. `alignment`: of
-    the first byte's page, for mappings anywhere.
+    the first byte's page, for mappings anywhere. `private`: writable whatever the access, and what
+    is stored stays in this mapping, a page being copied at the first store to it.
     """
 
     at_address: int | None = None
@@ -57,6 +58,12 @@ class Placement:
     prefault: bool = False
     unique: bool = False
     alignment: int = page_size
+    private: bool = False
+
+    @property
+    def flags(self) -> int:
+        """Whose the stores are, as mmap is told."""
+        return _core.MAP_PRIVATE if self.private else _core.MAP_SHARED
 
     def __post_init__(self) -> None:
         if not 0 <= check_integer(self.guard_pages, "guard_pages") <= 1 << 20:
@@ -111,7 +118,8 @@ def map_extents(
             reason=MappingReason.ADDRESS_UNALIGNED,
             errno=errno.EINVAL,
         )
-    prot = _core.PROT_READ | (_core.PROT_WRITE if access.writable else 0)
+    writable = access.writable or placement.private
+    prot = _core.PROT_READ | (_core.PROT_WRITE if writable else 0)
     with explained(size, placement):
         guard = placement.guard_pages * page_size
         alignment = max(granule, placement.alignment)
@@ -120,9 +128,9 @@ def map_extents(
         else:
             memory, start = _map_several(pieces, access, prot, placement, guard, alignment)
         if placement.prefault:
-            populate = _core.MADV_POPULATE_WRITE if access.writable else _core.MADV_POPULATE_READ
+            populate = _core.MADV_POPULATE_WRITE if writable else _core.MADV_POPULATE_READ
             _core.madvise(memory.address + start, size, populate)
-    return _core.Window(memory, start + skip, nbytes, access.writable)
+    return _core.Window(memory, start + skip, nbytes, writable)
 
 
 def _pieces(extents: Sequence[Extent]) -> tuple[list[tuple[MemoryObject, int, int]], int, int]:
@@ -171,12 +179,13 @@ def _map_one(
     object_, offset, length = piece
     with _opened(object_, access) as fd:
         if placement.at_address is not None:
-            flags = _core.MAP_SHARED | _core.MAP_FIXED_NOREPLACE
+            flags = placement.flags | _core.MAP_FIXED_NOREPLACE
             return _core.map_memory(placement.at_address, length, prot, flags, fd, offset), 0
         huge = transparent_page_size()
         if object_.page_size == page_size and 0 < huge <= length:  # huge pages map whole, or not
-            return map_aligned(length, prot, fd, offset, huge, phase=offset % huge)
-        return _core.map_memory(0, length, prot, _core.MAP_SHARED, fd, offset), 0
+            flags, phase = placement.flags, offset % huge
+            return map_aligned(length, prot, fd, offset, huge, phase=phase, flags=flags)
+        return _core.map_memory(0, length, prot, placement.flags, fd, offset), 0
 
 
 def _map_several(
@@ -205,7 +214,7 @@ def _map_several(
     at = start
     for object_, offset, length in pieces:
         with _opened(object_, access) as fd:
-            _core.place_memory(memory, at, length, prot, _core.MAP_SHARED, fd, offset)
+            _core.place_memory(memory, at, length, prot, placement.flags, fd, offset)
         at += length
     return memory, start
 

@@ -1,0 +1,19 @@
+"""PyTorch itself, or an error that says how to have it."""
+
+from __future__ import annotations
+
+try:
+    import torch
+    from torch.utils import _pytree as pytree
+    from torch.utils.data import DataLoader, default_collate
+    from torch.utils.data._utils.collate import (
+        collate,
+        default_collate_fn_map,
+    )
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"memdesc.interop.torch needs PyTorch ({error}): pip install 'memdesc[torch]'",
+        name=error.name,
+    ) from error
+
+__all__ = ["DataLoader", "collate", "default_collate", "default_collate_fn_map", "pytree", "torch"]

@@ -42,7 +42,8 @@ def safetensors(tensors: Mapping[str, tuple[str, Any]], **metadata: str) -> byte
         offsets = [len(data), len(data) + len(piece)]
         header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": offsets}
         data += piece
-    return with_header(header, data)
+    text = json.dumps(header).encode()
+    return with_header(text + b" " * (-len(text) % 8), data)  # as the format's own writer
 
 
 def with_header(header: object, data: bytes = b"") -> bytes:

@@ -1,10 +1,16 @@
-"""Devices on the same pages that other tasks see: a disk by O_DIRECT and io_uring.
+"""Devices on the same pages that other tasks see: disks by O_DIRECT and io_uring, GPUs by CUDA.
 
 * `DirectFile`     reads a file into descriptors, and writes it from them, past the page cache
 * `DMACommand`     pins memory for a device, and tells where it physically lies
+* `CudaDevice`     registers descriptors with a GPU, and copies from and to it
 """
 
 from memdesc.dma.command import DMACommand as DMACommand
+from memdesc.dma.cuda import (
+    Copy as Copy,
+    CudaDevice as CudaDevice,
+    PinnedMemory as PinnedMemory,
+)
 from memdesc.dma.direct_file import DirectFile as DirectFile
 from memdesc.dma.segments import DMASpecification as DMASpecification
 from memdesc.dma.transfers import Transferred as Transferred, Way as Way

@@ -18,11 +18,14 @@ from memdesc.descriptors.buffer import BufferMemoryDescriptor
 from memdesc.descriptors.multi import MultiMemoryDescriptor
 from memdesc.descriptors.sub import SubMemoryDescriptor
 from memdesc.errors import InvalidArgument, SealedError
-from memdesc.mapping import check_range
+from memdesc.mapping import LocalMemoryMap, check_range
 from memdesc.memory.memfd import OwnedObject, find_owned
 from memdesc.vm.pages import MAX_LENGTH, check_integer
 from memdesc.vm.regions import regions_in
 from memdesc.vm.task import Task
+
+Memory = MemoryDescriptor | LocalMemoryMap
+"""What a device can be given: what describes memory, or what shows it in this task."""
 
 GIB = 30
 """A registered buffer has at most 1 GiB (io_uring_register(2)); longer memory has several."""
@@ -58,7 +61,7 @@ class Piece:
         Of the bytes, in the descriptor that the transfer is of.
     address : int
         Of the first of them.
-    leaf : MemoryDescriptor
+    leaf : MemoryDescriptor or LocalMemoryMap
         Whose memory it is, with nothing in between.
     base : int
         Address of the leaf's first byte.
@@ -71,7 +74,7 @@ class Piece:
     start: int
     nbytes: int
     address: int
-    leaf: MemoryDescriptor
+    leaf: Memory
     base: int
     view: memoryview
     slots: tuple[int, ...] = ()
@@ -90,9 +93,9 @@ class Target:
 
     Parameters
     ----------
-    descriptor : MemoryDescriptor
+    descriptor : MemoryDescriptor or LocalMemoryMap
     offset, length : int
-        Bytes of the descriptor, checked to lie in it.
+        Bytes of it, checked to lie in it.
     writes_memory : bool
         Whether the device writes the memory (a file is read).
 
@@ -105,14 +108,14 @@ class Target:
     """
 
     def __init__(
-        self, descriptor: MemoryDescriptor, offset: int, length: int, *, writes_memory: bool
+        self, descriptor: Memory, offset: int, length: int, *, writes_memory: bool
     ) -> None:
         self._marks: list[Mark] = []
         self.pieces: list[Piece] = []
-        if writes_memory:
+        if writes_memory and isinstance(descriptor, MemoryDescriptor):
             descriptor._check_store(offset, length)
         start = 0
-        views: dict[MemoryDescriptor, memoryview] = {}
+        views: dict[Memory, memoryview] = {}
         for leaf, at, nbytes in leaves(descriptor, offset, length):
             if leaf not in views:
                 self._marks += _marks(leaf)
@@ -121,7 +124,7 @@ class Target:
             base, _, readonly = _core.buffer_address(view)
             if writes_memory and readonly:
                 raise SealedError(
-                    f"{leaf.name!r} is read-only in this task, so no device may write it for it: "
+                    f"{name_of(leaf)} is read-only in this task, so no device may write it: "
                     "only its owner fills it",
                     errno=errno.EACCES,
                 )
@@ -144,10 +147,16 @@ class Target:
         self._marks.clear()
 
 
-def leaves(
-    descriptor: MemoryDescriptor, offset: int, length: int
-) -> Iterator[tuple[MemoryDescriptor, int, int]]:
+def name_of(memory: Memory) -> str:
+    """What messages call it."""
+    return repr(memory.name) if isinstance(memory, MemoryDescriptor) else repr(memory)
+
+
+def leaves(descriptor: Memory, offset: int, length: int) -> Iterator[tuple[Memory, int, int]]:
     """Give what has the bytes of a range itself: (descriptor, offset in it, bytes), in order."""
+    if isinstance(descriptor, LocalMemoryMap):
+        yield descriptor, offset, length
+        return
     descriptor._check_open()
     if isinstance(descriptor, SubMemoryDescriptor):
         yield from leaves(descriptor.parent, descriptor._within(offset), length)
@@ -158,13 +167,15 @@ def leaves(
         yield descriptor, offset, length
 
 
-def _marks(leaf: MemoryDescriptor) -> list[Mark]:
+def _marks(leaf: Memory) -> list[Mark]:
     """Mark the buffers of this task that a leaf's memory belongs to."""
+    if isinstance(leaf, LocalMemoryMap):
+        return _marks_under(name_of(leaf), leaf.address, leaf.length)
     if isinstance(leaf, BufferMemoryDescriptor):
         return [Mark(leaf.memory)]
     if isinstance(leaf, AddressRangeDescriptor | PythonBufferDescriptor):
         task = leaf.task if isinstance(leaf, AddressRangeDescriptor) else Task.current()
-        return _marks_under(leaf.name, leaf.address, leaf.length) if task.is_current else []
+        return _marks_under(repr(leaf.name), leaf.address, leaf.length) if task.is_current else []
     return []  # a snapshot's, which stays as it is; or another task's, which marks its own
 
 
@@ -177,7 +188,7 @@ def _marks_under(name: str, address: int, length: int) -> list[Mark]:
             continue
         if not region.shared:
             raise InvalidArgument(
-                f"{name!r} shows a buffer that shares its memory with a snapshot, and has to be "
+                f"{name} shows a buffer that shares its memory with a snapshot, and has to be "
                 "moved first: give the buffer itself, not a view of it",
                 errno=errno.EINVAL,
             )

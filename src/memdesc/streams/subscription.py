@@ -19,6 +19,7 @@ from memdesc.errors import (
     PeerGoneError,
     ProtocolError,
 )
+from memdesc.mapping import LocalMemoryMap
 from memdesc.queues.notify import clear, own_socket
 from memdesc.queues.waiting import GLANCE, SPIN, deadline_of, time_left, timed_out
 from memdesc.streams.ends import (
@@ -117,6 +118,7 @@ class Subscription(_core.StreamSubscriber):
         self._peer, self._waits = peer, 0
         self._lock = lock_for(self)
         self._sleepers: set[asyncio.Future[None]] = set()
+        self._pool: _core.Window | None = None
         pool_window = window_of(pool, Access.READ_ONLY, form.pool_bytes)
         line_window = window_of(line, Access.READ_WRITE, form.line_bytes(depth))
         self._socket = own_socket(listen)
@@ -140,6 +142,7 @@ class Subscription(_core.StreamSubscriber):
                 f"{line.name!r} is no subscriber's memory of a stream: make it with Stream.admit()",
                 errno=errno.EPROTO,
             )
+        self._pool = pool_window
         register(self)
 
     # -- taking ----------------------------------------------------------------------------------
@@ -304,6 +307,25 @@ class Subscription(_core.StreamSubscriber):
         if self._socket is not None and not clear(self._socket):
             self.peer_gone()
 
+    # -- devices ---------------------------------------------------------------------------------
+
+    @property
+    def memory(self) -> LocalMemoryMap:
+        """The pool of slots, as this task sees it: every slot's address lies in it.
+
+        For a device, which is to have all slots at once: what they show may change at any time,
+        but for those that are held.
+
+        Raises
+        ------
+        ClosedError
+        """
+        self._pending()  # open, or an error
+        pool = self._pool
+        if pool is None:
+            self._closed()
+        return LocalMemoryMap(pool, offset=0, access=Access.READ_ONLY, owner=None)
+
     # -- lifetime --------------------------------------------------------------------------------
 
     def peer_gone(self) -> None:
@@ -331,6 +353,7 @@ class Subscription(_core.StreamSubscriber):
         `ClosedError`.
         """
         self._close()
+        self._pool = None
         self._wake()
 
     def __enter__(self) -> Self:

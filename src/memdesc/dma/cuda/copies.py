@@ -1,0 +1,338 @@
+"""Copies between registered memory and a device: started, seen to their end, awaited.
+
+A copy under way holds the pages' registration, whoever else lets go of it, so that nothing is
+unregistered or unmapped beneath it; the books of this module hold the copy. It is over when its
+event says so.
+
+Nothing here runs in a thread of CUDA's (cudaLaunchHostFunc): Python there would need the GIL
+while the driver holds its own locks, and whoever holds the GIL and calls the driver, as other
+libraries do, would wait for those: a deadlock. Whoever awaits a copy is told by a thread of ours
+that sleeps in cudaEventSynchronize, without the GIL.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from memdesc.dma.cuda.driver import Driver, Kind
+from memdesc.dma.cuda.registrations import Claim
+from memdesc.errors import ClosedError, DeviceError
+from memdesc.queues.waiting import SPIN, deadline_of, time_left, timed_out
+from memdesc.vm.forks import lock_for, tell_child
+
+if TYPE_CHECKING:
+    from memdesc.dma.cuda.device import CudaDevice
+
+Span = tuple[int, int, int]
+"""(to, source, bytes): of one call."""
+
+_LONGEST_NAP = 1e-3
+"""Seconds that a wait sleeps before it looks again, at most: a sixteenth of its time so far."""
+
+_in_flight: dict[Copy, None] = {}
+
+
+class Handle:
+    """A stream or an event of a device's, which goes with its last holder."""
+
+    def __init__(
+        self,
+        device: CudaDevice,
+        make: Callable[[Driver], int],
+        destroy: Callable[[Driver, int], None],
+    ) -> None:
+        self._device, self._destroy = device, destroy
+        self._made = False
+        with device.current() as driver:
+            self.handle = make(driver)
+            self._made = True
+
+    def __del__(self) -> None:
+        if getattr(self, "_made", False) and not sys.is_finalizing():
+            with contextlib.suppress(DeviceError, ClosedError), self._device.current() as driver:
+                self._destroy(driver, self.handle)
+
+
+def new_event(device: CudaDevice) -> Handle:
+    """Make an event."""
+    return Handle(
+        device,
+        lambda driver: driver.create_event(),
+        lambda driver, handle: driver.destroy_event(handle),
+    )
+
+
+def new_stream(device: CudaDevice) -> Handle:
+    """Make a stream."""
+    return Handle(
+        device,
+        lambda driver: driver.create_stream(),
+        lambda driver, handle: driver.destroy_stream(handle),
+    )
+
+
+class Copy:
+    """A copy between registered memory and a device. Made by `PinnedMemory`.
+
+    Awaiting it waits without blocking the event loop, in a thread of ours; cancelled, that ends
+    at once and the copy goes on. Dropping it changes nothing either: the memory stays registered
+    and mapped until the device is done.
+
+    Attributes
+    ----------
+    nbytes : int
+
+    Notes
+    -----
+    Threads: safe. Fork: the parent's; in the child every question raises `ClosedError`.
+    """
+
+    def __init__(
+        self, device: CudaDevice, claim: Claim, stream: Handle | int, kind: Kind, nbytes: int
+    ) -> None:
+        self.nbytes = nbytes
+        self._device, self._kind = device, kind
+        self._claim: Claim | None = claim
+        self._stream: Handle | int = stream
+        self._event: Handle | None = None
+        self._giving = True  # to its stream: till then nothing can be known of it
+        self._recorded = False
+        self._over = False
+        self._failure: tuple[str, int | None, int, str] | None = None
+        self.seen = False  # whether somebody asked how it ended
+
+    # -- its way ---------------------------------------------------------------------------------
+
+    def begin(self, spans: Sequence[Span]) -> None:
+        """Give it to the stream. Where that fails, nothing of it is under way any more."""
+        stream = self._stream.handle if isinstance(self._stream, Handle) else self._stream
+        event = self._event = new_event(self._device)
+        given = 0
+        _in_flight[self] = None  # before it is: an interrupt comes anywhere
+        try:
+            with self._device.current() as driver:
+                for to, source, nbytes in spans:
+                    driver.copy(to, source, nbytes, self._kind, stream)
+                    given += 1
+                driver.record_event(event.handle, stream)
+                self._recorded = True
+        except BaseException as error:
+            self._giving = False
+            if isinstance(error, DeviceError) and not given:
+                self._finish(None)
+            else:
+                # There is no event: wait for all that the stream has. A second interrupt ends
+                # the waiting; the memory is then held until a later call finds the stream done.
+                self._wait(None)
+            raise
+        self._giving = False
+
+    def _look(self) -> None:
+        event, stream = self._event, self._stream
+        if event is None or self._giving:
+            return  # another thread saw it end, or is about to begin it
+        try:
+            with self._device.current() as driver:
+                if self._recorded:
+                    done = driver.event_done(event.handle)
+                else:
+                    handle = stream.handle if isinstance(stream, Handle) else stream
+                    done = driver.stream_done(handle)
+        except DeviceError as error:
+            self._finish(error)
+        else:
+            if done:
+                self._finish(None)
+
+    def _finish(self, error: DeviceError | None) -> None:
+        if error is not None and not self._over:
+            way = "to" if self._kind is Kind.TO_DEVICE else "from"
+            self._failure = (
+                f"copying {self.nbytes:,} bytes {way} {self._device.name}: {error.message}",
+                error.errno,
+                error.code,
+                error.name,
+            )
+        self._over = True
+        _in_flight.pop(self, None)
+        self._claim = self._event = None
+
+    def _result(self) -> None:
+        self.seen = True
+        if self._failure is not None:
+            message, number, code, name = self._failure
+            raise DeviceError(message, errno=number, code=code, name=name)
+
+    # -- asking ----------------------------------------------------------------------------------
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is over, and not well; `wait` raises why."""
+        return self.done and self._failure is not None
+
+    @property
+    def done(self) -> bool:
+        """Whether it is over, well or not. Never waits.
+
+        Raises
+        ------
+        ClosedError
+            In a fork child.
+        """
+        if not self._over:
+            self._look()
+        return self._over
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait until it is over; signal handlers run meanwhile.
+
+        Parameters
+        ----------
+        timeout : float, optional
+            Seconds; None waits for ever.
+
+        Raises
+        ------
+        DeviceError
+            It failed, or something did that its stream was given before; the bytes are undefined.
+        TimedOutError
+            It is still under way (ETIMEDOUT; EAGAIN where no time was given).
+        ClosedError
+            In a fork child.
+        """
+        if not self._wait(timeout):
+            raise timed_out(timeout, f"a copy of {self.nbytes:,} bytes is still under way")
+        self._result()
+
+    def _wait(self, timeout: float | None) -> bool:
+        """Spin for what one waking costs, then look again and again, ever less often."""
+        deadline = deadline_of(timeout)
+        began = time.monotonic()
+        while not self.done:
+            left = time_left(deadline)
+            if not left:
+                return False
+            waited = time.monotonic() - began
+            if waited > SPIN:
+                time.sleep(min(waited / 16, _LONGEST_NAP, left))
+        return True
+
+    def __await__(self) -> Generator[Any, None, None]:
+        return self._awaited().__await__()
+
+    async def _awaited(self) -> None:
+        while not self.done:
+            event = self._event
+            if event is not None:
+                over = asyncio.get_running_loop().create_future()
+                _watchers.watch(self._device, self._stream, event, partial(_tell, over))
+                await over
+        self._result()
+
+    def __repr__(self) -> str:
+        way = "to" if self._kind is Kind.TO_DEVICE else "from"
+        state = "failed" if self._failure else "over" if self._over else "under way"
+        return f"<Copy of {self.nbytes:,} bytes {way} {self._device.name}: {state}>"
+
+
+def _tell(over: asyncio.Future[None]) -> None:
+    """Have the loop know, from another thread."""
+    with contextlib.suppress(RuntimeError):  # it was closed meanwhile
+        over.get_loop().call_soon_threadsafe(_set, over)
+
+
+def _set(over: asyncio.Future[None]) -> None:
+    if not over.done():
+        over.set_result(None)
+
+
+def under_way(claim: Claim) -> list[Copy]:
+    """Give the copies that hold a claim and are not over; looks at each."""
+    return [copy for copy in list(_in_flight) if copy._claim is claim and not copy.done]
+
+
+def settle() -> None:
+    """Let go of what is over, the oldest first."""
+    for copy in list(_in_flight):
+        if not copy.done:
+            break
+
+
+class _Watchers:
+    """Threads that sleep until an event has happened; one for each stream that is awaited.
+
+    A stream's events happen in their order. A thread ends when its stream has none left.
+    """
+
+    def __init__(self) -> None:
+        self._queues: dict[tuple[int, int, int], deque[tuple[Handle, Callable[[], None]]]] = {}
+        self._lock = lock_for(self)
+        tell_child(self)
+
+    def watch(
+        self,
+        device: CudaDevice,
+        stream: Handle | int,
+        event: Handle,
+        tell: Callable[[], None],
+    ) -> None:
+        """Have `tell` called when an event of that stream has happened."""
+        handle = stream.handle if isinstance(stream, Handle) else stream
+        key = (id(device.driver), device.index, handle)
+        with self._lock:
+            queue = self._queues.get(key)
+            if queue is not None:
+                queue.append((event, tell))
+                return
+            queue = self._queues[key] = deque([(event, tell)])
+            try:
+                threading.Thread(
+                    target=self._run, args=(device, key, queue), name="memdesc-cuda", daemon=True
+                ).start()
+            except BaseException:
+                del self._queues[key]
+                raise
+
+    def _run(
+        self,
+        device: CudaDevice,
+        key: tuple[int, int, int],
+        queue: deque[tuple[Handle, Callable[[], None]]],
+    ) -> None:
+        while True:
+            with self._lock:
+                if not queue:
+                    if self._queues.get(key) is queue:
+                        del self._queues[key]
+                    return
+                event, tell = queue.popleft()
+            # Why it failed, who awaits it finds out.
+            with contextlib.suppress(DeviceError), device.current() as driver:
+                driver.wait_event(event.handle)
+            tell()
+            del event, tell
+
+    def _inherit(self) -> None:
+        self._queues.clear()
+
+
+_watchers = _Watchers()
+
+
+class _Forks:
+    """In a fork child: copies are the parent's."""
+
+    def _inherit(self) -> None:
+        _in_flight.clear()
+
+
+_forks = _Forks()
+tell_child(_forks)

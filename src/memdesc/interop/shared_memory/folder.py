@@ -125,14 +125,22 @@ def made_folder() -> str:
 
 
 def is_ours(own: str) -> bool:
-    """Whether it is made, in a folder that this user alone can enter."""
+    """Whether it is made.
+
+    Raises
+    ------
+    AccessDeniedError
+        It lies in a folder that others than this user can enter (EACCES).
+    """
     try:
         status = os.lstat(os.path.dirname(own))
         made = stat.S_ISDIR(os.lstat(f"{own}/blocks").st_mode)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return False
     mode = status.st_mode
-    return made and stat.S_ISDIR(mode) and status.st_uid == os.geteuid() and not mode & 0o077
+    if not stat.S_ISDIR(mode) or status.st_uid != os.geteuid() or mode & 0o077:
+        open_folder("shared-memory")  # raises, and says whose it is
+    return made
 
 
 @contextlib.contextmanager

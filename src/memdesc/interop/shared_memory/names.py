@@ -141,6 +141,8 @@ def remove(name: str, token: str) -> None:
         if record is None or record.token != token:
             raise _not_found(name)
         os.unlink(f"{own}/names/{name}")
+        if not anyone(own, token):  # nobody looks there again: what the dead left goes now
+            _remove_block(own, token)
 
 
 def set_size(name: str, token: str, size: int) -> None:

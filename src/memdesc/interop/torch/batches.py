@@ -44,7 +44,7 @@ class FilledBatch:
     Attributes
     ----------
     slot : str or None
-        The name of the slot that its places lie in; None where there are none.
+        The name of the slot that its places lie in, if there are any; it goes back with them.
     needed : int
         Bytes of a slot that would have taken all of its tensors.
     left_out : int
@@ -100,11 +100,6 @@ class Fill:
         self._view = taken.view if taken else memoryview(b"")
         # Of none that PyTorch could have: then no tensor is found to lie inside.
         self._address = torch.frombuffer(self._view, dtype=torch.uint8).data_ptr() if taken else 0
-
-    @property
-    def filled(self) -> bool:
-        """Whether there is anything in the slot."""
-        return self._end > 0
 
     def _reserve(self, tensor: torch.Tensor, count: int = 1) -> int | None:
         """Keep room for so many tensors of that kind, if there is: the offset."""
@@ -200,7 +195,7 @@ class SlotCollate:
             batch = self._collate(samples)
         batch = pytree.tree_map(fill.place, batch)
         name = None
-        if self._taken is not None and fill.filled:
+        if self._taken is not None and fill.needed:  # also if it is too small: then it goes back
             name, self._taken = self._taken.name, None
         return FilledBatch(self._key, name, batch, fill)
 

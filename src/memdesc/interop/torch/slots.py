@@ -10,6 +10,7 @@ still be writing.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import socket as sockets
@@ -131,6 +132,7 @@ class Flow:
     def __init__(self, pool: SlotPool) -> None:
         self.key = next(_keys)
         self.pool = pool
+        self._nbytes = pool.nbytes
         self._pid = os.getpid()
         self._granted: dict[str, Slot] = {}
         self._ours, self.theirs = sockets.socketpair(sockets.AF_UNIX, sockets.SOCK_SEQPACKET)
@@ -147,6 +149,9 @@ class Flow:
         """Give all free slots to whichever worker takes them first."""
         if self._ours.fileno() < 0:
             return  # it has ended
+        if self._nbytes != self.pool.nbytes:
+            self._take_back()  # larger ones are wanted by now
+            self._nbytes = self.pool.nbytes
         while (slot := self.pool.take()) is not None:
             try:
                 send_descriptor(self._ours, slot.buffer, access=Access.READ_WRITE)
@@ -161,17 +166,20 @@ class Flow:
         """Give the bytes of a slot that a worker has filled. It is free again with the view."""
         return self._granted.pop(name).lend(self.pool.back)
 
+    def _take_back(self) -> None:
+        """Take back what no worker took."""
+        with contextlib.suppress(TimedOutError):  # there are no more
+            while True:
+                with receive_descriptor(self.theirs) as received:
+                    self.pool.put(self._granted.pop(received.name))
+
     def end(self) -> None:
-        """Take back what no worker took; give up the rest. Again is a no-op."""
+        """Take back what no worker took, and give up the rest. Again is a no-op."""
         if self.foreign or self._ours.fileno() < 0:
             return
         flows.pop(self.key, None)
         try:
-            while True:
-                with receive_descriptor(self.theirs) as received:
-                    self.pool.put(self._granted.pop(received.name))
-        except TimedOutError:
-            pass  # there are no more
+            self._take_back()
         finally:
             for slot in self._granted.values():
                 self.pool.give_up(slot)

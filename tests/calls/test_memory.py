@@ -189,7 +189,11 @@ def test_descriptor_of_finds_the_bytes_or_nothing() -> None:
     assert (found.offset, found.length) == (101, 49)
     for private in (b"abc", bytearray(9), np.zeros(9), memoryview(bytes(9)), pixels.copy()):
         assert descriptor_of(private) is None
-    assert descriptor_of(frames.snapshot().array()) is None  # or its own: the object ended
+    frozen = frames.snapshot()
+    view = frozen.array()
+    assert descriptor_of(view) is frozen
+    del frozen
+    assert descriptor_of(view) is None
     frames.set_length(100)
     assert descriptor_of(pixels) is None
     frames.close()

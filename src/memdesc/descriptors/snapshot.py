@@ -10,6 +10,7 @@ from memdesc import _core
 from memdesc.descriptors.base import MemoryDescriptor, _nothing
 from memdesc.descriptors.copy_on_write import SnapshotReason
 from memdesc.descriptors.freezing import Frozen
+from memdesc.descriptors.homes import note_home
 from memdesc.errors import SealedError, WiringError, WiringReason
 from memdesc.mapping import Extent, map_extents, part_of
 from memdesc.vm.pages import Access, Direction, page_size
@@ -49,6 +50,7 @@ class SnapshotMemoryDescriptor(MemoryDescriptor):
         self.extent_count = len(frozen.extents)
         # Now, so that a snapshot that there is can be read whatever becomes scarce later.
         self._window = map_extents(frozen.extents, Access.READ_ONLY)
+        note_home(self._window, self, 0)
 
     @property
     def length(self) -> int:

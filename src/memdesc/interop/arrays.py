@@ -18,6 +18,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack, final
 
 from memdesc import _core
+from memdesc.descriptors.base import MemoryDescriptor
 from memdesc.descriptors.buffer import BufferMemoryDescriptor
 from memdesc.descriptors.homes import descriptor_of as descriptor_of, home_of
 from memdesc.errors import AllocationError, ClosedError, InvalidArgument
@@ -30,8 +31,6 @@ from memdesc.vm.pages import Access, check_integer, check_length
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-
-    from memdesc.descriptors.base import MemoryDescriptor
 
     Array = np.ndarray[Any, Any]
     Shape = int | tuple[int, ...] | list[int]
@@ -142,7 +141,7 @@ def zeros_like(
 
 
 def asarray(
-    values: npt.ArrayLike,
+    values: npt.ArrayLike | MemoryDescriptor,
     dtype: npt.DTypeLike | None = None,
     order: str | None = None,
     **options: Unpack[Options],
@@ -152,7 +151,7 @@ def asarray(
     Parameters
     ----------
     values
-        What `numpy.asarray` takes.
+        What `numpy.asarray` takes. A descriptor is seen as its bytes, and kept open by the array.
     dtype, order
         As of it; what lies in a descriptor is copied too if it has to be converted.
     **options
@@ -165,6 +164,8 @@ def asarray(
     """
     import numpy as np
 
+    if isinstance(values, MemoryDescriptor):
+        values = placed(Keeper(values), (values.length,), "u1")
     convert: Any = np.asarray
     array: Array = convert(values, dtype, order)
     if home_of(array) is not None:

@@ -175,7 +175,7 @@ class Holder:
     def _serve(self, link: sockets.socket) -> None:
         fds: list[int] = []
         try:
-            message, fds, dropped = receive_once(link, 1 + _TOKEN)
+            message, fds, dropped = receive_once(link, 2 + _TOKEN)  # one more than there should be
             if not message:
                 raise PeerGoneError("it has ended", errno=errno.ECONNRESET)
             answer, given = self._answer(message, fds, dropped)

@@ -142,11 +142,9 @@ class OurStream(Way):
             slot.publish()
 
     def consume(self, first: int, count: int) -> int:
-        read, nbytes, take, wrong = self.ring.read, self.nbytes, self.video.take, 0
-        for number in range(first, first + count):
-            slot = take(LIMIT)
+        read, nbytes, wrong = self.ring.read, self.nbytes, 0
+        for number, slot in zip(range(first, first + count), self.video, strict=False):
             wrong += read(slot.address, nbytes, number)
-            slot.release()
         return wrong
 
     def close(self) -> None:

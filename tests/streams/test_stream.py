@@ -244,6 +244,35 @@ def test_what_the_collector_takes_goes_back(stream: Stream) -> None:
     assert subscription.statistics().held == 1
 
 
+def test_iterating_gives_back_what_it_leaves_and_ends_with_the_stream(stream: Stream) -> None:
+    subscription = subscribe(stream)
+    publish(stream, 1, 2, 3)
+    for slot in subscription:
+        assert slot.metadata == 1
+        break
+    assert not slot.held
+    slots = iter(subscription)
+    view = memoryview(next(slots))
+    del slots  # the slot has a view, and goes back with that
+    assert subscription.statistics().held == 1
+    view.release()
+    assert subscription.statistics().held == 0
+    slots = iter(subscription)
+    assert iter(slots) is slots
+    assert next(slots).metadata == 3
+    stream.close()
+    assert list(slots) == list(slots) == []
+
+
+def test_iterating_raises_what_is_no_end(stream: Stream) -> None:
+    subscription = subscribe(stream)
+    slots = iter(subscription)
+    subscription.close()
+    for _ in range(2):
+        with pytest.raises(md.ClosedError):
+            next(slots)
+
+
 def test_a_turn_gives_back_unless_kept(stream: Stream) -> None:
     subscription = subscribe(stream)
     publish(stream, 1, 2, 3, 4)
@@ -440,10 +469,12 @@ def test_in_a_fork_child_both_ends_are_closed(stream: Stream) -> None:
 def test_nothing_here_is_pickled_or_made_by_hand(stream: Stream) -> None:
     subscription = subscribe(stream)
     publish(stream, 1)
-    for thing in (stream, subscription, stream.loan(), subscription.take()):
+    things = (stream, subscription, stream.loan(), subscription.take(), iter(subscription))
+    for thing in things:
         with pytest.raises(TypeError):
             pickle.dumps(thing)
-    for kind in (LoanedSlot, TakenSlot, md._core.SlotMemory, md._core.StreamLine):
+    core = md._core
+    for kind in (LoanedSlot, TakenSlot, core.SlotMemory, core.StreamLine, core.SlotIterator):
         with pytest.raises(TypeError):
             kind()
         empty = kind.__new__(kind)

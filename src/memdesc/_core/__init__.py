@@ -41,6 +41,7 @@ from memdesc._core._native import (
     RingConsumer as RingConsumer,
     RingEnd as RingEnd,
     RingProducer as RingProducer,
+    SlotIterator as SlotIterator,
     SlotMemory as SlotMemory,
     StreamLine as StreamLine,
     StreamPool as StreamPool,

@@ -6,7 +6,7 @@ large integer is `OverflowError`.
 """
 
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Final, Self, final
 
 from typing_extensions import Buffer
@@ -541,11 +541,21 @@ class TakenSlot:
     def __len__(self) -> int: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
-class StreamSubscriber:
-    """Base of `Subscription`: its fast half. `_take`, `_clear`, `_closed`, `_ended`,
-    `_broke` and `_too_many_loans` are the subclass's.
+@final
+class SlotIterator:
+    """Slot after slot: each goes back at the next turn, the last one with this; but for those kept.
+    Made by iterating over a Subscription.
     """
 
+    def __iter__(self) -> Self: ...
+    def __next__(self) -> TakenSlot: ...
+
+class StreamSubscriber:
+    """Base of `Subscription`: its fast half. `_take`, `_clear`, `_closed`, `_is_end`,
+    `_ended`, `_broke` and `_too_many_loans` are the subclass's.
+    """
+
+    def __iter__(self) -> Iterator[TakenSlot]: ...
     def try_take(self) -> TakenSlot | None: ...
     def take(self, timeout: float | None = None) -> TakenSlot: ...
     def _begin(

@@ -3,6 +3,7 @@
 # Everything but waiting runs under the GIL from its first line to its last: it is the lock of an
 # end. What is slow or goes wrong is left to the subclass.
 
+from cpython.list cimport PyList_GetItem
 from libc.stdlib cimport calloc, free
 
 cdef extern from "Python.h":
@@ -561,7 +562,7 @@ cdef class _Taker:
     cdef MappedMemory memory  # of the pool
     cdef MappedMemory offers
     cdef size_t first, stride
-    cdef list memories, arrays  # of each slot, where it is not held; None once closed
+    cdef list memories, arrays  # of each slot, unless views of it are alive; None once closed
     cdef object make_array, decode, given_back
     cdef object lease  # called when nothing is held any more, once closed
     cdef uint64_t forks
@@ -691,8 +692,14 @@ cdef class TakenSlot:
         A view of the array holds the array; a view of the memory is counted. The count is in the
         low half of what it shares with flags on later versions of CPython.
         """
-        return (not self.memory.exports
-                and (self.array_ is None or <uint32_t>Py_REFCNT(<PyObject *>self.array_) == 1))
+        cdef uint32_t ours = 1
+        if self.memory.exports:
+            return False
+        if self.array_ is None:
+            return True
+        if self.taker.state == OPEN and self.taker.arrays[self.index] is self.array_:
+            ours = 2
+        return <uint32_t>Py_REFCNT(<PyObject *>self.array_) == ours
 
     cdef void let_go(self) noexcept:
         cdef _Taker taker = self.taker
@@ -700,12 +707,11 @@ cdef class TakenSlot:
             return
         self.mine = False
         if self.idle():
-            if taker.state == OPEN:
-                taker.memories[self.index] = self.memory
-                taker.arrays[self.index] = self.array_
             taker.give(self.index, self.sequence)
         else:
             self.memory.owed = self.sequence
+            if taker.state == OPEN:
+                taker.memories[self.index] = taker.arrays[self.index] = None
         self.memory = None
         self.array_ = None
 
@@ -718,8 +724,12 @@ cdef class TakenSlot:
     def array(self):
         """The slot as a read-only NumPy array: of the stream's shape and dtype, else of bytes."""
         self.check()
+        if self.array_ is None and self.taker.state == OPEN:
+            self.array_ = self.taker.arrays[self.index]
         if self.array_ is None:
             self.array_ = self.taker.make_array(self.memory)
+            if self.taker.state == OPEN:
+                self.taker.arrays[self.index] = self.array_
         if <size_t>self.nbytes != self.taker.taker.slot_size:
             return self.array_[:self.nbytes]
         return self.array_
@@ -883,13 +893,10 @@ cdef class StreamSubscriber:
             slot.sequence = taken.sequence
             slot.timestamp = taken.timestamp
             slot.nbytes = <Py_ssize_t>taken.nbytes
-            slot.array_ = of.arrays[taken.slot]
-            slot.memory = <SlotMemory>of.memories[taken.slot]
+            slot.memory = <SlotMemory>PyList_GetItem(of.memories, taken.slot)
             slot.mine = True
-            of.arrays[taken.slot] = None
-            of.memories[taken.slot] = None
             if slot.memory is None:
-                slot.memory = SlotMemory.__new__(SlotMemory)
+                slot.memory = of.memories[taken.slot] = SlotMemory.__new__(SlotMemory)
                 slot.memory.taker = of
                 slot.memory.index = taken.slot
             if taken.metadata:
@@ -947,6 +954,9 @@ cdef class StreamSubscriber:
         -----
         Threads: safe; several may take, each gets slots of its own.
         """
+        return self.next(timeout)
+
+    cdef TakenSlot next(self, timeout):
         cdef TakenSlot slot = self.find()
         cdef int turn
         if slot is None and (timeout is None or timeout):
@@ -959,6 +969,11 @@ cdef class StreamSubscriber:
         if slot is None:
             return self._take(timeout)
         return slot
+
+    def __iter__(self):
+        cdef SlotIterator slots = SlotIterator.__new__(SlotIterator)
+        slots.subscriber = self
+        return slots
 
     def _ready(self):
         """Whether something is offered; raises where nothing will be any more."""
@@ -1031,3 +1046,39 @@ cdef class StreamSubscriber:
 
     def __reduce__(self):
         raise TypeError("a subscription can not be pickled: it is of its process alone")
+
+
+@cython.final
+cdef class SlotIterator:
+    """Slot after slot: each goes back at the next turn, the last one with this; but for those kept.
+    """
+
+    cdef StreamSubscriber subscriber
+    cdef TakenSlot slot
+
+    def __init__(self):
+        raise TypeError("made by iterating over a Subscription")
+
+    def __dealloc__(self):
+        self.leave()
+
+    cdef void leave(self):
+        slot, self.slot = self.slot, None
+        if slot is not None and not slot.kept:
+            slot.let_go()
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.subscriber is None:
+            raise StopIteration
+        self.leave()
+        try:
+            self.slot = self.subscriber.next(None)
+        except Exception as error:
+            if not self.subscriber._is_end(error):
+                raise
+            self.subscriber = None
+            raise StopIteration from None
+        return self.slot

@@ -188,19 +188,6 @@ class Subscription(_core.StreamSubscriber):
         """How many slots were published between those taken, and not to be had any more."""
         return self._counts()[1]
 
-    def __iter__(self) -> Iterator[_core.TakenSlot]:
-        while True:
-            try:
-                slot = self.take()
-            except PeerGoneError as error:
-                if error.errno == errno.EPIPE:
-                    return
-                raise
-            try:
-                yield slot
-            finally:
-                slot._next_turn()
-
     def _take(self, timeout: float | None) -> _core.TakenSlot:
         deadline = deadline_of(timeout)
         while self._wait(deadline):
@@ -273,7 +260,7 @@ class Subscription(_core.StreamSubscriber):
             try:
                 slot = await self.take_async()
             except PeerGoneError as error:
-                if error.errno == errno.EPIPE:
+                if self._is_end(error):
                     return
                 raise
             try:
@@ -370,6 +357,11 @@ class Subscription(_core.StreamSubscriber):
         """In a fork child: the socket is the parent's."""
         if self._socket is not None:
             self._socket.close()
+
+    @staticmethod
+    def _is_end(error: Exception) -> bool:
+        """Whether it says that the publisher closed the stream: then iterating is over."""
+        return isinstance(error, PeerGoneError) and error.errno == errno.EPIPE
 
     def _closed(self) -> NoReturn:
         if self._state() == INHERITED:

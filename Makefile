@@ -45,14 +45,14 @@ help:
 demo: .venv/demo.stamp
 	@$(BIN)/memdesc demo $(ARGS)
 
-test: lint types layers headers
+test: lint types layers headers .venv/torch.stamp
 	@echo "== tests"
 	@$(BIN)/pytest --quiet -n 2 -m "not alone" $(ARGS)
 	@echo "== tests that measure the whole machine"
 	@$(BIN)/pytest --quiet -m alone $(ARGS)
 	@$(MAKE) --no-print-directory RUN_ARGS=--short test-wheel test-container test-user
 
-test-fast: .venv/test.stamp
+test-fast: .venv/torch.stamp
 	@$(BIN)/pytest --quiet -n 2 -m "not slow and not alone" $(ARGS)
 
 test-wheel: wheel .venv/test.stamp
@@ -127,8 +127,15 @@ clean:
 	@touch $@
 
 .venv/test.stamp: .venv/build.stamp pyproject.toml $(CORE) $(FOLDERS)
-	@$(PIP_INSTALL) $(EDITABLE) '.[cli,fuzz,lint,test]'
+	@$(PIP_INSTALL) $(EDITABLE) '.[cli,cuda,fuzz,lint,test]'
 	@touch .venv/demo.stamp $@
+
+# PyTorch only in a build without CUDA, a tenth of the size, where such a one is to be had.
+.venv/torch.stamp: .venv/test.stamp
+	@$(PIP_INSTALL) --only-binary torch "$$(sed -n 's/^torch==.*/&+cpu/p' constraints.txt)" \
+		2>/dev/null || echo "== no build of PyTorch without CUDA is to be had here: its tests are \
+	skipped; $(BIN)/pip install '.[torch]' brings another build"
+	@touch $@
 
 .venv/bench.stamp: .venv/build.stamp pyproject.toml $(CORE) $(FOLDERS)
 	@$(PIP_INSTALL) $(EDITABLE) '.[cli,bench]'

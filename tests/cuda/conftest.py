@@ -37,7 +37,7 @@ def fake(nothing_registered: None) -> Iterator[FakeDriver]:
     gc.collect()
     copies.settle()
     assert driver.violations == []
-    assert (driver.registrations, driver.events, driver.allocated) == ({}, {}, {})
+    assert (driver.registrations, driver.allocated) == ({}, {})
     for stream in driver.streams.values():
         if stream.thread is not None:
             stream.thread.join(10)

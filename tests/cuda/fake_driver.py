@@ -323,7 +323,7 @@ class FakeDriver:
         known, line = self.events[event], self._stream(stream)
         if known.device != line.device:
             raise self._error("record_event", INVALID_HANDLE)
-        known.happened = False
+        known.happened, known.failed = False, 0
 
         def run() -> None:
             known.happened, known.failed = True, line.failed

@@ -384,6 +384,25 @@ def test_the_next_call_lets_go_of_what_was_dropped(fake: FakeDriver, far: int) -
         assert held(first) == 0
 
 
+def test_events_are_used_again_and_go_with_their_device(
+    fake: FakeDriver, far: int, buffer: BufferMemoryDescriptor
+) -> None:
+    device = CudaDevice(driver=fake)
+    with device.registered(buffer) as pinned:
+        for _ in range(5):
+            pinned.copy_to_device(far).wait(10)
+        assert fake.calls.count("create_event") == 1
+        fake.hold()
+        many = [pinned.copy_to_device(far, 0, 1) for _ in range(100)]
+        assert fake.calls.count("create_event") == 100
+        fake.let()
+        many[-1].wait(10)
+    del many
+    assert len(fake.events) == 64
+    del device, pinned
+    assert (fake.events, fake.streams) == ({}, {})
+
+
 # --- What fails ---------------------------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from memdesc.dma.cuda.driver import Driver, Kind
+from memdesc.dma.cuda.place import Place
 from memdesc.dma.cuda.registrations import Claim
 from memdesc.errors import ClosedError, DeviceError
 from memdesc.queues.waiting import SPIN, deadline_of, time_left, timed_out
@@ -37,43 +38,47 @@ Span = tuple[int, int, int]
 _LONGEST_NAP = 1e-3
 """Seconds that a wait sleeps before it looks again, at most: a sixteenth of its time so far."""
 
-_in_flight: dict[Copy, None] = {}
+_SPARE = 64
+"""Events that a device keeps for its next copies."""
+
+_in_flight: dict[Copy, Handle] = {}
 
 
 class Handle:
     """A stream or an event of a device's, which goes with its last holder."""
 
+    _made = False
+
     def __init__(
         self,
-        device: CudaDevice,
+        place: Place,
         make: Callable[[Driver], int],
         destroy: Callable[[Driver, int], None],
     ) -> None:
-        self._device, self._destroy = device, destroy
-        self._made = False
-        with device.current() as driver:
+        self._place, self._destroy = place, destroy
+        with place.current() as driver:
             self.handle = make(driver)
             self._made = True
 
     def __del__(self) -> None:
-        if getattr(self, "_made", False) and not sys.is_finalizing():
-            with contextlib.suppress(DeviceError, ClosedError), self._device.current() as driver:
+        if self._made and not sys.is_finalizing():
+            with contextlib.suppress(DeviceError, ClosedError), self._place.current() as driver:
                 self._destroy(driver, self.handle)
 
 
-def new_event(device: CudaDevice) -> Handle:
+def new_event(place: Place) -> Handle:
     """Make an event."""
     return Handle(
-        device,
+        place,
         lambda driver: driver.create_event(),
         lambda driver, handle: driver.destroy_event(handle),
     )
 
 
-def new_stream(device: CudaDevice) -> Handle:
+def new_stream(place: Place) -> Handle:
     """Make a stream."""
     return Handle(
-        device,
+        place,
         lambda driver: driver.create_stream(),
         lambda driver, handle: driver.destroy_stream(handle),
     )
@@ -99,12 +104,14 @@ class Copy:
         self, device: CudaDevice, claim: Claim, stream: Handle | int, kind: Kind, nbytes: int
     ) -> None:
         self.nbytes = nbytes
-        self._device, self._kind = device, kind
+        self._place, self._kind = device.place, kind
+        self._events = device._events  # where an event goes that is not needed any more
         self._claim: Claim | None = claim
         self._stream: Handle | int = stream
         self._event: Handle | None = None
         self._giving = True  # to its stream: till then nothing can be known of it
         self._recorded = False
+        self._watched = False
         self._over = False
         self._failure: tuple[str, int | None, int, str] | None = None
         self.seen = False  # whether somebody asked how it ended
@@ -114,11 +121,15 @@ class Copy:
     def begin(self, spans: Sequence[Span]) -> None:
         """Give it to the stream. Where that fails, nothing of it is under way any more."""
         stream = self._stream.handle if isinstance(self._stream, Handle) else self._stream
-        event = self._event = new_event(self._device)
-        given = 0
-        _in_flight[self] = None  # before it is: an interrupt comes anywhere
         try:
-            with self._device.current() as driver:
+            event = self._events.pop()
+        except IndexError:
+            event = new_event(self._place)
+        given = 0
+        self._event = event
+        _in_flight[self] = event  # before it is: an interrupt comes anywhere
+        try:
+            with self._place.current() as driver:
                 for to, source, nbytes in spans:
                     driver.copy(to, source, nbytes, self._kind, stream)
                     given += 1
@@ -140,7 +151,7 @@ class Copy:
         if event is None or self._giving:
             return  # another thread saw it end, or is about to begin it
         try:
-            with self._device.current() as driver:
+            with self._place.current() as driver:
                 if self._recorded:
                     done = driver.event_done(event.handle)
                 else:
@@ -156,14 +167,16 @@ class Copy:
         if error is not None and not self._over:
             way = "to" if self._kind is Kind.TO_DEVICE else "from"
             self._failure = (
-                f"copying {self.nbytes:,} bytes {way} {self._device.name}: {error.message}",
+                f"copying {self.nbytes:,} bytes {way} {self._place.name}: {error.message}",
                 error.errno,
                 error.code,
                 error.name,
             )
         self._over = True
-        _in_flight.pop(self, None)
+        event = _in_flight.pop(self, None)  # of several threads one gets it
         self._claim = self._event = None
+        if event is not None and not self._watched and len(self._events) < _SPARE:
+            self._events.append(event)
 
     def _result(self) -> None:
         self.seen = True
@@ -230,17 +243,18 @@ class Copy:
 
     async def _awaited(self) -> None:
         while not self.done:
+            self._watched = True  # first: nobody else is to get the event meanwhile
             event = self._event
             if event is not None:
                 over = asyncio.get_running_loop().create_future()
-                _watchers.watch(self._device, self._stream, event, partial(_tell, over))
+                _watchers.watch(self._place, self._stream, event, partial(_tell, over))
                 await over
         self._result()
 
     def __repr__(self) -> str:
         way = "to" if self._kind is Kind.TO_DEVICE else "from"
         state = "failed" if self._failure else "over" if self._over else "under way"
-        return f"<Copy of {self.nbytes:,} bytes {way} {self._device.name}: {state}>"
+        return f"<Copy of {self.nbytes:,} bytes {way} {self._place.name}: {state}>"
 
 
 def _tell(over: asyncio.Future[None]) -> None:
@@ -279,14 +293,14 @@ class _Watchers:
 
     def watch(
         self,
-        device: CudaDevice,
+        place: Place,
         stream: Handle | int,
         event: Handle,
         tell: Callable[[], None],
     ) -> None:
         """Have `tell` called when an event of that stream has happened."""
         handle = stream.handle if isinstance(stream, Handle) else stream
-        key = (id(device.driver), device.index, handle)
+        key = (id(place.driver), place.index, handle)
         with self._lock:
             queue = self._queues.get(key)
             if queue is not None:
@@ -295,7 +309,7 @@ class _Watchers:
             queue = self._queues[key] = deque([(event, tell)])
             try:
                 threading.Thread(
-                    target=self._run, args=(device, key, queue), name="memdesc-cuda", daemon=True
+                    target=self._run, args=(place, key, queue), name="memdesc-cuda", daemon=True
                 ).start()
             except BaseException:
                 del self._queues[key]
@@ -303,7 +317,7 @@ class _Watchers:
 
     def _run(
         self,
-        device: CudaDevice,
+        place: Place,
         key: tuple[int, int, int],
         queue: deque[tuple[Handle, Callable[[], None]]],
     ) -> None:
@@ -315,7 +329,7 @@ class _Watchers:
                     return
                 event, tell = queue.popleft()
             # Why it failed, who awaits it finds out.
-            with contextlib.suppress(DeviceError), device.current() as driver:
+            with contextlib.suppress(DeviceError), place.current() as driver:
                 driver.wait_event(event.handle)
             tell()
             del event, tell

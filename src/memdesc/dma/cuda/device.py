@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import final
 
 from memdesc.descriptors.base import check_descriptor
@@ -21,17 +20,17 @@ from memdesc.dma.cuda.driver import (
     load_driver,
 )
 from memdesc.dma.cuda.pinned import PinnedMemory
+from memdesc.dma.cuda.place import Place
 from memdesc.dma.cuda.registrations import Claim, books
 from memdesc.dma.targets import Memory, Piece, Target
 from memdesc.errors import (
-    ClosedError,
     DeviceError,
     InvalidArgument,
     SealedError,
     UnsupportedError,
 )
 from memdesc.mapping import LocalMemoryMap
-from memdesc.vm.forks import lock_for, tell_child
+from memdesc.vm.forks import lock_for
 from memdesc.vm.pages import Access, check_integer
 
 _NONE = {
@@ -58,11 +57,6 @@ class CudaDevice:
     driver : Driver, optional
         What the calls go to; CUDA itself by default.
 
-    Attributes
-    ----------
-    index : int
-    driver : Driver
-
     Raises
     ------
     UnsupportedError
@@ -84,32 +78,36 @@ class CudaDevice:
 
     def __init__(self, index: int = 0, *, driver: Driver | None = None) -> None:
         index = check_integer(index, "index")
-        self.inherited = False
-        self.driver: Driver = load_driver() if driver is None else driver
-        self.index = index
-        count = self._count()
+        driver = load_driver() if driver is None else driver
+        count = _count(driver)
         if not 0 <= index < count:
             raise InvalidArgument(
                 f"there is no GPU {index}: this process may use {count}, from 0 on",
                 errno=errno.ENODEV,
             )
+        self.place = Place(driver, index, driver.device_name(index))
         self._lock = lock_for(self)
         self._stream: Handle | None = None
-        self.name = self.driver.device_name(index)
-        tell_child(self)
+        self._events: list[Handle] = []
 
-    def _count(self) -> int:
-        try:
-            return self.driver.device_count()
-        except DeviceError as error:
-            why = _NONE.get(error.code)
-            if why is None:
-                raise
-            raise UnsupportedError(f"{error.message}: {why}", errno=error.errno) from error
+    @property
+    def driver(self) -> Driver:
+        """What the calls go to."""
+        return self.place.driver
+
+    @property
+    def index(self) -> int:
+        """Of the GPU."""
+        return self.place.index
+
+    @property
+    def name(self) -> str:
+        """Of the GPU, as CUDA has it."""
+        return self.place.name
 
     def attribute(self, attribute: Attribute) -> int:
         """Tell what CUDA says of the device."""
-        self._check_open()
+        self.place.check_open()
         return self.driver.attribute(attribute, self.index)
 
     @property
@@ -156,7 +154,7 @@ class CudaDevice:
             It has 0 bytes, or is neither a descriptor nor a mapping.
         ClosedError
         """
-        self._check_open()
+        self.place.check_open()
         if not isinstance(memory, LocalMemoryMap):
             check_descriptor(memory, "memory")._check_open()
         length = memory.length
@@ -203,36 +201,26 @@ class CudaDevice:
 
     # -- what the copies need --------------------------------------------------------------------
 
-    @contextmanager
-    def current(self) -> Iterator[Driver]:
+    def current(self) -> AbstractContextManager[Driver]:
         """Have the device current in this thread for the length of a block."""
-        self._check_open()
-        driver = self.driver
-        before = driver.get_device()
-        if before == self.index:
-            yield driver
-            return
-        try:
-            driver.set_device(self.index)
-            yield driver
-        finally:
-            driver.set_device(before)
+        return self.place.current()
 
     def _own_stream(self) -> Handle:
         with self._lock:
             if self._stream is None:
-                self._stream = new_stream(self)
+                self._stream = new_stream(self.place)
             return self._stream
-
-    def _check_open(self) -> None:
-        if self.inherited:
-            raise ClosedError(
-                "CUDA does not survive a fork, and this belongs to the parent: start processes "
-                "that use a GPU with spawn"
-            )
-
-    def _inherit(self) -> None:
-        self.inherited = True
 
     def __repr__(self) -> str:
         return f"<CudaDevice {self.index}: {self.name}>"
+
+
+def _count(driver: Driver) -> int:
+    """Count the GPUs, or say why there is none."""
+    try:
+        return driver.device_count()
+    except DeviceError as error:
+        why = _NONE.get(error.code)
+        if why is None:
+            raise
+        raise UnsupportedError(f"{error.message}: {why}", errno=error.errno) from error

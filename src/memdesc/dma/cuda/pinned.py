@@ -245,7 +245,7 @@ class PinnedMemory:
     # -- lifetime --------------------------------------------------------------------------------
 
     def _check_registered(self) -> Claim:
-        self.device._check_open()
+        self.device.place.check_open()
         claim = self._claim
         if claim is None:
             raise NotPreparedError(
@@ -258,7 +258,7 @@ class PinnedMemory:
     @property
     def closed(self) -> bool:
         """Whether `close` was called, or this is a fork child's copy."""
-        return self._claim is None or self.device.inherited
+        return self._claim is None or self.device.place.inherited
 
     def close(self) -> None:
         """Unregister it, unless somebody else has the same pages registered. Again is a no-op.
@@ -272,7 +272,7 @@ class PinnedMemory:
         """
         with self._lock:
             claim = self._claim
-            if claim is None or self.device.inherited:
+            if claim is None or self.device.place.inherited:
                 return
             count = len(under_way(claim))
             if count:
@@ -282,10 +282,7 @@ class PinnedMemory:
                     errno=errno.EBUSY,
                 )
             self._claim = None
-        self._end(claim)
-
-    def _end(self, claim: Claim) -> None:
-        target, self._target = self._target, None
+            target, self._target = self._target, None
         assert target is not None
         books.end(claim, target)
 
@@ -297,7 +294,8 @@ class PinnedMemory:
             return
         with self._lock:  # no copy begins any more
             claim, self._claim = self._claim, None
-        if claim is None:
+            target, self._target = self._target, None
+        if claim is None or target is None:
             return
         failed: Copy | None = None
         while copies := under_way(claim):  # interrupted, these hold the claim until they are over
@@ -305,7 +303,7 @@ class PinnedMemory:
                 copy._wait(None)
                 if copy.failed and not copy.seen:
                     failed = failed or copy
-        self._end(claim)
+        books.end(claim, target)
         if failed is not None and kind is None:
             failed._result()
 

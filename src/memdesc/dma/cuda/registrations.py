@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from memdesc import _core
 from memdesc.dma.cuda.driver import MAPPED, NOT_REGISTERED, PORTABLE, UNLOADING
+from memdesc.dma.cuda.place import Place
 from memdesc.dma.targets import Target
 from memdesc.errors import DeviceError
 from memdesc.vm.forks import lock_for, tell_child
@@ -45,8 +46,8 @@ class Registration:
 
     Attributes
     ----------
-    device : CudaDevice
-        That registered them.
+    place : Place
+        Of the device that registered them.
     address, nbytes : int
         Whole pages of this process.
     flags : int
@@ -58,7 +59,7 @@ class Registration:
         CUDA did not let go of them. They stay mapped.
     """
 
-    device: CudaDevice
+    place: Place
     address: int
     nbytes: int
     flags: int
@@ -111,7 +112,7 @@ class Registrations:
                 flags = PORTABLE | MAPPED | device._flags_for(piece)
                 start, nbytes = page_span(piece.address, piece.nbytes)
                 for at, size in list(self._missing(start, start + nbytes)):
-                    new = Registration(device, at, size, flags, target)
+                    new = Registration(device.place, at, size, flags, target)
                     new.keep(claim)
                     self._all.append(new)  # known before it is done: an interrupt comes anywhere
                     self._register(new)
@@ -124,7 +125,7 @@ class Registrations:
 
     def _register(self, new: Registration) -> None:
         try:
-            with new.device.current() as driver:
+            with new.place.current() as driver:
                 driver.register(new.address, new.nbytes, new.flags)
         except DeviceError:
             self._all.remove(new)
@@ -183,7 +184,7 @@ class Registrations:
         for known in [known for known in self._all if known.loose and not known.stuck]:
             certain, known.certain = known.certain, False
             try:
-                with known.device.current() as driver:
+                with known.place.current() as driver:
                     driver.unregister(known.address)
             except DeviceError as error:
                 gone = error.code in (NOT_REGISTERED, UNLOADING)

@@ -13,6 +13,8 @@ from memdesc.cli.words import amount, count, harmless, user
 _WIDTH = 860
 _LEFT, _BAND = 132, 150
 _LINE = 17
+_MOST_LETTERS = 76
+"""Of a line beside a band."""
 _MOST_BANDS = 2000
 _MOST_HOLDERS = 8
 
@@ -124,9 +126,10 @@ def _lines(band: Band, report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     size = amount(band.total("length"))
     if len(band.regions) > 1 and band.kind in FOLDED:
         named = _name(band) or "private memory"
-        yield f"{size}  {count(len(band.regions), 'region')}: {named}", ""
+        yield f"{size}, {count(len(band.regions), 'region')}: {named}"[:_MOST_LETTERS], ""
     else:
-        yield f"{size}  {band.regions[0]['permissions']}  {band.kind} {_name(band)}".rstrip(), ""
+        what = f"{band.kind} {_name(band)}".rstrip()
+        yield f"{size}, {band.regions[0]['permissions']}, {what}"[:_MOST_LETTERS], ""
     facts = [f"{amount(band.total('resident'))} resident"]
     facts += [
         f"{amount(band.total(one))} {one}"

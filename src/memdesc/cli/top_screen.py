@@ -20,7 +20,7 @@ from memdesc.cli.printer import Printer
 from memdesc.cli.top import Looks
 from memdesc.cli.words import count, harmless, rate, short
 
-_ENDS = b"qQ\x1b\x04"
+_ENDS = frozenset(b"qQ\x04")
 
 _COLUMNS: tuple[tuple[str, int, Callable[[dict[str, Any]], str]], ...] = (
     ("pid", 7, lambda one: str(one["pid"] or "-")),
@@ -118,6 +118,6 @@ def _wait_for_key(fd: int, seconds: float) -> bool:
     while (left := until - time.monotonic()) > 0:
         if poller.poll(left * 1000):
             key = os.read(fd, 64)
-            if not key or key[:1] in _ENDS:
+            if not key or _ENDS.intersection(key):
                 return True
     return False

@@ -1,0 +1,153 @@
+"""`memdesc top`: rates and memory; live on a terminal of 80 by 24, and one table where piped."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import termios
+import time
+from pathlib import Path
+
+import pytest
+from cli_runs import MEMDESC, Terminal, as_json, check_plain, environment, memdesc
+from puppets import Puppet, wait_until
+
+import memdesc as md
+
+pytestmark = pytest.mark.slow
+
+
+def test_what_moves() -> None:
+    with md.Service("busy") as service, md.Service("idle"), Puppet() as client:
+        frames = md.BufferMemoryDescriptor(64 * md.page_size, pages=md.PageKind.BASE)
+        service.share("frames", frames)
+        service.method(os.getpid)
+        client.do("c = md.connect('busy')")
+        client.begin("while True: c.call('getpid')")
+        report = as_json("top", "--once", "--interval", "0.5")
+        done = memdesc("top", "--interval", "0.2")
+        two = subprocess.Popen(
+            [*MEMDESC, "top", "--json", "--interval", "0.1"],
+            env=environment(),
+            stdout=subprocess.PIPE,
+        )
+        assert two.stdout is not None
+        lines = [json.loads(two.stdout.readline()) for _ in range(2)]
+        two.send_signal(signal.SIGINT)
+        assert two.wait(30) == 0
+        two.stdout.close()
+    busy, idle = report["services"]
+    assert (busy["name"], idle["name"]) == ("busy", "idle")  # what moves comes first
+    assert busy["pid"] == idle["pid"] == os.getpid()
+    assert (busy["clients"], idle["clients"]) == (1, 0)
+    assert busy["calls_per_second"] > 0
+    assert idle["calls_per_second"] == idle["bytes_per_second"] == 0
+    assert busy["cpu"] >= 0
+    assert busy["shared"] >= frames.capacity
+    assert report["seconds"] >= 0.5
+    assert lines[0]["time"] < lines[1]["time"]
+    assert done.returncode == 0
+    check_plain(done.stdout)
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["service", "busy", "idle"]
+
+
+def test_what_goes_through_queues_and_streams() -> None:
+    with md.Service("camera") as service:
+        stream, samples = service.stream("video", nbytes=100), service.queue("samples")
+        with md.connect("camera") as client, client.queue("samples") as queue:
+            command = [*MEMDESC, "top", "--once", "--json", "--interval", "0.5"]
+            with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE) as process:
+                while process.poll() is None:
+                    samples.put(b"entry")
+                    stream.publish(b"slot")
+                    queue.dequeue(timeout=20)
+                    time.sleep(0.01)
+                assert process.stdout is not None
+                (one,) = json.loads(process.stdout.read())["services"]
+    assert one["entries_per_second"] > 0
+    assert one["slots_per_second"] > 0
+    assert one["bytes_per_second"] > 0
+    assert one["calls_per_second"] == 0
+
+
+def test_a_service_that_ends_and_one_that_stops() -> None:
+    with Terminal("top", "--interval", "0.1") as terminal, Puppet() as one:
+        terminal.read_until(lambda shown: "No services." in shown)
+        one.do("s = md.Service('first')")
+        terminal.read_until(lambda shown: "first" in shown)
+        one.stop()
+        terminal.read_until(lambda shown: "does not answer" in shown)
+        one.go_on()
+        terminal.shown = ""
+        terminal.read_until(lambda shown: "first" in shown and "does not answer" not in shown)
+        one.do("s.close()")
+        terminal.shown = ""
+        terminal.read_until(lambda shown: "No services." in shown)
+        terminal.press(b"q")
+        assert terminal.end() == 0
+
+
+@pytest.mark.parametrize("ends", [b"q", b"\x03", signal.SIGTERM], ids=["q", "Ctrl-C", "SIGTERM"])
+def test_live(ends: bytes | signal.Signals) -> None:
+    with md.Service("camera" * 10), Terminal("top", "--interval", "0.1") as terminal:
+        terminal.read_until(lambda shown: shown.count("cameraca") > 2)
+        if isinstance(ends, bytes):
+            terminal.press(b"x")  # does nothing
+            terminal.press(ends)
+        else:
+            terminal.process.send_signal(ends)
+        assert terminal.end() == (0 if isinstance(ends, bytes) else 128 + ends)
+        assert max(map(len, terminal.lines())) <= 80
+        assert "\x1b[?1049l" in terminal.shown  # the screen that was there is back
+        assert "\x1b[?25h" in terminal.shown  # and the cursor
+        now = termios.tcgetattr(terminal.theirs)
+        assert now[3] == terminal.before[3]
+        assert "Traceback" not in terminal.shown
+
+
+def test_in_tmux(tmp_path: Path) -> None:
+    tmux = shutil.which("tmux")
+    if tmux is None:
+        pytest.skip("tmux is not installed")
+    base = [tmux, "-S", str(tmp_path / "tmux"), "-f", "/dev/null"]
+
+    def ask(*words: str) -> str:
+        done = subprocess.run(
+            [*base, *words], capture_output=True, text=True, timeout=30, check=False
+        )
+        return done.stdout
+
+    with md.Service("camera") as service:
+        service.share("frames", md.BufferMemoryDescriptor(100, name="frames"))
+        script = tmp_path / "script"
+        words = shlex.join(MEMDESC)
+        script.write_text(
+            f"{words} ls -l; {words} map {os.getpid()} | tail -n 5; {words} top --interval 0.2\n"
+            f"echo ended with $?\nread line\n"
+        )
+        started = subprocess.run(
+            [*base, "new-session", "-d", "-x", "80", "-y", "24", f"sh {script}"],
+            env={name: value for name, value in environment().items() if name != "COLUMNS"},
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+        if started.returncode:
+            pytest.skip(f"tmux can not be started here: {started.stderr}")
+        try:
+            wait_until(lambda: "q ends" in ask("capture-pane", "-p"), 60)
+            shown = ask("capture-pane", "-p").splitlines()
+            assert shown[1].split()[:3] == ["service", "pid", "cpu%"]
+            assert shown[2].split()[:2] == ["camera", str(os.getpid())]
+            ask("send-keys", "q")
+            wait_until(lambda: "ended with 0" in ask("capture-pane", "-p"), 60)
+            text = ask("capture-pane", "-p", "-S", "-1000")
+            assert "share frames, 100 B, read-only, sealed, base pages" in text
+            assert "stack" in text
+        finally:
+            ask("kill-server")

@@ -6,6 +6,7 @@ import errno
 import itertools
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -469,3 +470,36 @@ def test_another_pid_namespace_has_names_of_its_own(closing: Closing, runtime_di
     assert (ended.stdout, ended.returncode) == ("7\n", 0), ended.stderr
     SharedMemory("frames").close()
     assert block.size == 3
+
+
+def test_a_block_stays_where_it_was_made_whatever_the_environment_says_later(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    block = SharedMemory("frames", create=True, size=3, reserve=1 << 16)
+    with monkeypatch.context() as patch:
+        tmp_path.chmod(0o700)
+        patch.setenv("MEMDESC_RUNTIME_DIR", str(tmp_path))
+        with pytest.raises(BlockNotFoundError):
+            SharedMemory("frames")
+        block.grow(1 << 15)
+        block.close()
+    other = SharedMemory("frames")
+    assert other.size == 1 << 15
+    other.close()
+    with monkeypatch.context() as patch:
+        patch.setenv("MEMDESC_RUNTIME_DIR", str(tmp_path))
+        block.unlink()
+
+
+def test_unlinking_where_the_folder_is_gone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tmp_path.chmod(0o700)
+    monkeypatch.setenv("MEMDESC_RUNTIME_DIR", str(tmp_path))
+    block = SharedMemory("frames", create=True, size=3)
+    shutil.rmtree(folder.folder())
+    with pytest.raises(BlockNotFoundError):
+        block.unlink()
+    block.buf[0] = 1
+    block.close()
+    assert memfds_of("self", "frames") == 0

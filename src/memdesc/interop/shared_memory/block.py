@@ -227,8 +227,8 @@ class SharedMemory:
         if self._access.writable:
             if not lazy:
                 _take_pages(held.fd, self._size, size, self.name)
-            names.set_size(held.name, held.token, size)
-        elif names.size_of(held.name, held.token) < size:
+            names.set_size(held, size)
+        elif names.size_of(held) < size:
             raise SealedError(
                 f"shared memory {self.name!r} is attached read-only here: have one who writes it "
                 f"grow it to {size:,} bytes first",
@@ -266,7 +266,7 @@ class SharedMemory:
         BlockNotFoundError
             It was removed before, also where another block has that name by now (ENOENT).
         """
-        names.remove(self._holding.name, self._holding.token)
+        names.remove(self._holding)
         keeping.name_gone(self._holding.token)
         keeping.look_after()
 

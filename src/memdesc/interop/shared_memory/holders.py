@@ -31,19 +31,20 @@ class Holding:
 
     Attributes
     ----------
-    name, token : str
+    own, name, token : str
+        The folder of the names, and which block of them.
     made_here : bool
         Whether this process made the block: then it holds it until the name is gone.
     pins : list
         One item for each range of addresses here that shows it.
     """
 
-    __slots__ = ("_entry", "_fds", "_own", "made_here", "name", "pins", "token")
+    __slots__ = ("_entry", "_fds", "made_here", "name", "own", "pins", "token")
 
     def __init__(self, own: str, name: str, token: str, fd: int) -> None:
         self.name = name
         self.token = token
-        self._own = own
+        self.own = own
         self._entry: str | None = None
         self.made_here = False
         self.pins: list[None] = []
@@ -56,7 +57,7 @@ class Holding:
 
     @property
     def _block(self) -> str:
-        return f"{self._own}/blocks/{self.token}"
+        return f"{self.own}/blocks/{self.token}"
 
     def tell(self) -> bool:
         """Say in the block's folder that this process has it; False where that is no more."""
@@ -67,7 +68,7 @@ class Holding:
             return False
         self._entry = entry
         if len(os.listdir(self._block)) > _CROWD:
-            anyone(self._own, self.token)
+            anyone(self.own, self.token)
         return True
 
     def disown(self) -> None:
@@ -84,7 +85,7 @@ class Holding:
     @property
     def named(self) -> bool:
         """Whether the name still leads to this block."""
-        record = read_record(self._own, self.name)
+        record = read_record(self.own, self.name)
         return record is not None and record.token == self.token
 
     def _untell(self) -> bool:

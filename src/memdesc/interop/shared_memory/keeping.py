@@ -76,7 +76,7 @@ def _end() -> None:
     for holding in list(_held):
         if holding.leave() and holding.named:
             with contextlib.suppress(BlockNotFoundError):
-                names.remove(holding.name, holding.token)
+                names.remove(holding)
     _held.clear()
     _awaiting.clear()
 

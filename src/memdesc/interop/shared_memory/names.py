@@ -125,44 +125,42 @@ def _refused(name: str, pids: list[int]) -> NotPrivilegedError:
     )
 
 
-def remove(name: str, token: str) -> None:
-    """Remove a name, if it still is that block's.
+def remove(holding: Holding) -> None:
+    """Remove a block's name, if it still is that block's.
 
     Raises
     ------
     BlockNotFoundError
         It is not: it was removed before (ENOENT).
     """
-    own = folder()
-    if not is_ours(own):
+    own, name = holding.own, holding.name
+    if not os.path.isdir(own):
         raise _not_found(name)
     with changing(own):
-        record = read_record(own, name)
-        if record is None or record.token != token:
+        if not holding.named:
             raise _not_found(name)
         os.unlink(f"{own}/names/{name}")
-        if not anyone(own, token):  # nobody looks there again: what the dead left goes now
-            _remove_block(own, token)
+        if not anyone(own, holding.token):  # nobody looks there again: what the dead left goes now
+            _remove_block(own, holding.token)
 
 
-def set_size(name: str, token: str, size: int) -> None:
-    """Have a name say that the block is of that many bytes, unless it says more."""
-    own = folder()
+def set_size(holding: Holding, size: int) -> None:
+    """Have a block's name say that it is of that many bytes, unless it says more."""
+    own, name = holding.own, holding.name
     with changing(own):
-        record = read_record(own, name)
-        if record is None or record.token != token or record.size >= size:
+        if not 0 < size_of(holding) < size:
             return
-        following = f"{own}/next.{token}"
+        following = f"{own}/next.{holding.token}"
         with contextlib.suppress(FileNotFoundError):
             os.unlink(following)  # of one who was killed here
-        os.symlink(f"{Record(token, size)}", following)
+        os.symlink(f"{Record(holding.token, size)}", following)
         os.rename(following, f"{own}/names/{name}")
 
 
-def size_of(name: str, token: str) -> int:
-    """How many bytes a name says that the block has; 0 where it is that block's no more."""
-    record = read_record(folder(), name)
-    return record.size if record is not None and record.token == token else 0
+def size_of(holding: Holding) -> int:
+    """How many bytes a block's name says that it has; 0 where it is that block's no more."""
+    record = read_record(holding.own, holding.name)
+    return record.size if record is not None and record.token == holding.token else 0
 
 
 def sweep_all() -> None:

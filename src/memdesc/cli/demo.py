@@ -40,6 +40,8 @@ def run(named: Sequence[Path], clients: int, screen: Screen) -> dict[str, Any]:
 
         `ways`: by name (`memdesc`, `pipe`, `shared_memory`), each with `title` and `unavailable`
         (why it could not run here), or with `nbytes` (the files), `rounds` (`fill_seconds`,
+        `fill_ways` (how the files were read) and `fill_bounced` (bytes that went through the page
+        cache meanwhile),
         `first_byte_seconds`, `every_client_seconds`, `seconds`, `gb_per_second`, `bytes_copied`
         since the filling,
         `bytes_through_kernel` (rchar + wchar of all, messages included), `page_faults`

@@ -113,6 +113,8 @@ def run_round(group: Group, sources: Sequence[Source], advance: Callable[[int], 
     seconds = (max(one["ended"] for one in worked) - begun) / 1e9
     return {
         "fill_seconds": fill["ns"] / 1e9,
+        "fill_ways": fill.get("ways", ["read"]),
+        "fill_bounced": fill.get("bounced", total),
         "first_byte_seconds": (min(one["first"] for one in worked) - begun) / 1e9,
         "every_client_seconds": (max(one["first"] for one in worked) - begun) / 1e9,
         "seconds": seconds,

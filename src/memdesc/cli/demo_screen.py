@@ -206,6 +206,12 @@ def _notes(report: dict[str, Any], rounds: int) -> Iterator[str]:
         "makes its pages; shared_memory makes and fills its own while it hands over."
     )
     ours = report["ways"]["memdesc"]
+    last = ours["rounds"][-1]
+    yield (
+        f"Filling: memdesc read the files by {' and '.join(last['fill_ways'])}, "
+        f"{mb(last['fill_bounced'])} of them through the page cache; the others out of the page "
+        "cache, where this demo had just read them."
+    )
     through = ours["median"]["bytes_through_kernel"]
     yield (
         f"What all {clients + 1} memdesc processes read and wrote meanwhile (rchar, wchar): "

@@ -1,6 +1,7 @@
 """The three ways from a driver to its clients that are compared, each as people use it.
 
-* memdesc: the driver reads files into shared buffers and maps those into its clients.
+* memdesc: the driver reads files into shared buffers, past the page cache where the file system
+  allows that, and maps those into its clients.
 * Pipe: it reads them into bytes and sends those down a `multiprocessing.Pipe` to each client.
 * shared_memory: it reads them into bytes, creates a segment, copies them in, and tells its clients
   the name; they attach by name, close, and the driver unlinks.
@@ -68,20 +69,20 @@ class MemdescDriver:
         self._clients = [service.wait_client(20) for _ in range(clients)]
         self._buffers: list[md.BufferMemoryDescriptor] = []
         self._mappings: list[md.MemoryMap] = []
+        self.inputs: list[md.dma.Transferred] = []
 
     def fill(self, paths: Sequence[Path]) -> None:
         """Read each file into a buffer of its own."""
+        self.inputs = []
         for path in paths:
-            with path.open("rb", buffering=0) as file:
+            with md.dma.DirectFile(path) as file:
                 buffer = md.BufferMemoryDescriptor(
-                    path.stat().st_size,
+                    file.size,
                     pages=md.PageKind.BASE,  # as the other ways have
                     name=path.name[:100],
                 )
                 self._buffers.append(buffer)
-                rest = memoryview(buffer)
-                while rest and (done := file.readinto(rest)):
-                    rest = rest[done:]
+                self.inputs.append(file.read_into(buffer))
 
     def give(self) -> None:
         """Map each buffer into each client."""

@@ -42,7 +42,11 @@ def driver(way: str, name: str, clients: str, *fds: str) -> None:
         def fill(paths: list[str]) -> Answer:
             begun = time.monotonic_ns()
             side.fill([Path(path) for path in paths])
-            return {"ns": time.monotonic_ns() - begun}
+            answer: Answer = {"ns": time.monotonic_ns() - begun}
+            if way == "memdesc":
+                answer["ways"] = sorted({one.way.value for one in side.inputs})
+                answer["bounced"] = sum(one.bounced_bytes for one in side.inputs)
+            return answer
 
         def give() -> Answer:
             side.copied = 0

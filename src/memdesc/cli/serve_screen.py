@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Iterator
@@ -60,7 +61,7 @@ class ServeScreen(Printer):
         try:
             os.tcgetpgrp(self._console.file.fileno())
         except OSError as error:
-            return error.errno != 25  # ENOTTY: a terminal, but not ours
+            return error.errno != errno.ENOTTY  # that would be one that controls others
         return False
 
     # -- what is told ----------------------------------------------------------------------------
@@ -159,7 +160,7 @@ class ServeScreen(Printer):
         if self._live is not None:
             self._drawn = time.monotonic()
             text = "\n".join(self._picture()).encode(errors="backslashreplace").decode()
-            self._live.update(Text(text, no_wrap=True), refresh=True)
+            self._live.update(Text(text, no_wrap=True, overflow="crop"), refresh=True)
 
     def _picture(self) -> Iterator[str]:
         yield f"memdesc serve: {harmless(self._name, 40)}, task {os.getpid()}"

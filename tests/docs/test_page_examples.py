@@ -9,9 +9,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 EXAMPLES = {  # pages, and how many examples each has at least
+    "arrays": 27,
     "calls": 11,
     "direct-file": 9,
     "events": 11,
+    "multiprocessing": 12,
     "queues": 11,
     "snapshots": 9,
     "streams": 11,

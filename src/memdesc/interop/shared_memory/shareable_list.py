@@ -76,7 +76,7 @@ class ShareableList:
     >>> theirs = ShareableList(name=ours.shm.name)
     >>> theirs[2] = 42
     >>> list(ours)
-    ['howdy', 3.5, 42, b'ends in\\x00']
+    ['howdy', 3.5, 42, b'ends in\x00']
     >>> theirs.shm.close()
     >>> ours.shm.close()
     >>> ours.shm.unlink()

@@ -110,6 +110,8 @@ class FakeDriver:
         Whether streams work; `hold` and `let` change it.
     strict : bool
         Whether read-only memory needs its flag.
+    allows_pageable : bool
+        Whether memory that is not registered may be copied, as CUDA lets it be, slowly.
     """
 
     def __init__(self, devices: int = 2) -> None:
@@ -124,6 +126,7 @@ class FakeDriver:
         self.changed = threading.Condition()
         self.running = True
         self.strict = True
+        self.allows_pageable = False
         self.current = threading.local()
         self._pid = os.getpid()
         self._next = 1000
@@ -262,10 +265,16 @@ class FakeDriver:
         self._enter("free")
         del self.allocated[pointer]
 
+    def allocate_host(self, nbytes: int) -> int:
+        return self.allocate(nbytes)
+
+    def free_host(self, address: int) -> None:
+        self.free(address)
+
     def copy(self, to: int, source: int, nbytes: int, kind: Kind, stream: int) -> None:
         self._enter("copy", f"copy {nbytes}")
         here, there = (source, to) if kind is Kind.TO_DEVICE else (to, source)
-        if not any(
+        if not self.allows_pageable and not any(
             start <= here and here + nbytes <= start + known.nbytes
             for start, known in self.registrations.items()
         ):

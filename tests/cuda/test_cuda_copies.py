@@ -450,6 +450,26 @@ def test_a_copy_that_fails_under_way(
         assert bytes_of(fake, far) == bytes(NBYTES)
 
 
+def test_a_question_that_cuda_does_not_allow_tells_nothing(
+    fake: FakeDriver, far: int, buffer: BufferMemoryDescriptor
+) -> None:
+    """While somebody captures a graph: the copy is under way all the same."""
+    with CudaDevice(driver=fake).registered(buffer) as pinned:
+        fake.hold()
+        copy = pinned.copy_to_device(far)
+        fake.fail("event_done", 900)
+        with pytest.raises(md.DeviceError) as caught:
+            copy.wait(10)
+        assert caught.value.code == 900
+        fake.fail("event_done", 900)
+        with pytest.raises(md.DeviceError):
+            pinned.close()
+        assert not pinned.closed
+        assert pinned.in_flight == 1
+        fake.let()
+        copy.wait(10)
+
+
 def test_a_failure_that_nobody_asked_for_is_raised_on_leaving(
     fake: FakeDriver, far: int, buffer: BufferMemoryDescriptor
 ) -> None:

@@ -10,5 +10,5 @@ Nothing here imports `cuda` before a `CudaDevice` is made.
 
 from memdesc.dma.cuda.copies import Copy as Copy
 from memdesc.dma.cuda.device import CudaDevice as CudaDevice
-from memdesc.dma.cuda.driver import CudaDriver as CudaDriver
+from memdesc.dma.cuda.driver import Attribute as Attribute, CudaDriver as CudaDriver
 from memdesc.dma.cuda.pinned import PinnedMemory as PinnedMemory

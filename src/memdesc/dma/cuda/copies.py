@@ -22,7 +22,7 @@ from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from memdesc.dma.cuda.driver import Driver, Kind
+from memdesc.dma.cuda.driver import CAPTURING, Driver, Kind
 from memdesc.dma.cuda.place import Place
 from memdesc.dma.cuda.registrations import Claim
 from memdesc.errors import ClosedError, DeviceError
@@ -158,6 +158,8 @@ class Copy:
                     handle = stream.handle if isinstance(stream, Handle) else stream
                     done = driver.stream_done(handle)
         except DeviceError as error:
+            if error.code in CAPTURING:
+                raise  # it tells nothing of this copy
             self._finish(error)
         else:
             if done:
@@ -197,6 +199,8 @@ class Copy:
 
         Raises
         ------
+        DeviceError
+            CUDA allows no such question now, while some stream is being captured into a graph.
         ClosedError
             In a fork child.
         """
@@ -273,8 +277,10 @@ def under_way(claim: Claim) -> list[Copy]:
     return [copy for copy in list(_in_flight) if copy._claim is claim and not copy.done]
 
 
-def settle() -> None:
-    """Let go of what is over, the oldest first."""
+def settle(beyond: int = 0) -> None:
+    """Let go of what is over, the oldest first, where more than so many are known."""
+    if len(_in_flight) <= beyond:
+        return
     for copy in list(_in_flight):
         if not copy.done:
             break

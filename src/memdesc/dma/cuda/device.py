@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from contextlib import AbstractContextManager
 from typing import final
 
 from memdesc.descriptors.base import check_descriptor
@@ -20,7 +19,7 @@ from memdesc.dma.cuda.driver import (
     load_driver,
 )
 from memdesc.dma.cuda.pinned import PinnedMemory
-from memdesc.dma.cuda.place import Place
+from memdesc.dma.cuda.place import Current, Place
 from memdesc.dma.cuda.registrations import Claim, books
 from memdesc.dma.targets import Memory, Piece, Target
 from memdesc.errors import (
@@ -201,7 +200,7 @@ class CudaDevice:
 
     # -- what the copies need --------------------------------------------------------------------
 
-    def current(self) -> AbstractContextManager[Driver]:
+    def current(self) -> Current:
         """Have the device current in this thread for the length of a block."""
         return self.place.current()
 

@@ -30,6 +30,9 @@ STUB, OLD_DRIVER, NO_DEVICE, NO_SUCH_DEVICE = 34, 35, 100, 101
 NOT_READY, ALREADY_REGISTERED, NOT_REGISTERED, NOT_SUPPORTED = 600, 712, 713, 801
 """CUDA's numbers of errors (cudaError_t) that something is done about."""
 
+CAPTURING = range(900, 909)
+"""What CUDA answers to who asks while a stream is being captured into a graph."""
+
 _SINCE = (12, 9, 1)
 
 _ERRNOS = {

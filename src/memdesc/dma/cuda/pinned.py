@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from memdesc.dma.cuda.device import CudaDevice
 
 
+_UNKNOWN = 16
+"""Copies whose end nobody asked for, before a new one looks at them: that takes a while."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Part:
     """Bytes at one address, in one registration: CUDA copies none that lie in two."""
@@ -165,7 +169,8 @@ class PinnedMemory:
         stream : int, optional
             Handle of a stream of this device, as ``torch.cuda.current_stream().cuda_stream``: the
             copy is done after what that was given before, and before what it is given later. By
-            default a stream of the device object's own, which waits for none.
+            default a stream of the device object's own, which waits for none. Not one that is
+            being captured into a graph.
 
         Returns
         -------
@@ -230,7 +235,7 @@ class PinnedMemory:
                 yield low, part.address + low - part.start, high - low
 
     def _start(self, kind: Kind, spans: list[Span], nbytes: int, stream: int | None) -> Copy:
-        settle()
+        settle(_UNKNOWN)
         line: Handle | int = self.device._own_stream() if stream is None else _check_stream(stream)
         with self._lock:  # close() sees it, or it sees that
             copy = Copy(self.device, self._check_registered(), line, kind, nbytes)

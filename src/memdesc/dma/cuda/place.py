@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import final
 
 from memdesc.dma.cuda.driver import Driver
@@ -40,17 +38,34 @@ class Place:
                 "that use a GPU with spawn"
             )
 
-    @contextmanager
-    def current(self) -> Iterator[Driver]:
+    def current(self) -> Current:
         """Have the device current in this thread for the length of a block."""
-        self.check_open()
-        driver = self.driver
-        before = driver.get_device()
-        if before == self.index:
-            yield driver
-            return
-        try:
-            driver.set_device(self.index)
-            yield driver
-        finally:
-            driver.set_device(before)
+        return Current(self)
+
+
+@final
+class Current:
+    """A block in which a device is current; gives its driver."""
+
+    __slots__ = ("_before", "_place")
+
+    def __init__(self, place: Place) -> None:
+        place.check_open()
+        self._place = place
+        self._before = place.index
+
+    def __enter__(self) -> Driver:
+        place = self._place
+        before = place.driver.get_device()
+        if before != place.index:
+            self._before = before
+            try:
+                place.driver.set_device(place.index)
+            except BaseException:
+                place.driver.set_device(before)  # an interrupt may have come after it was done
+                raise
+        return place.driver
+
+    def __exit__(self, *exc: object) -> None:
+        if self._before != self._place.index:
+            self._place.driver.set_device(self._before)

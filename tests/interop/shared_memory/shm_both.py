@@ -1,5 +1,7 @@
 """The two modules side by side: what both promise is tested of both."""
 
+import contextlib
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -57,3 +59,12 @@ def run_python(
 def left_in(runtime: Path) -> list[str]:
     """What lies in the folder of names."""
     return sorted(str(path.relative_to(runtime)) for path in runtime.glob("shared-memory-*/*/**/*"))
+
+
+def memfds_of(pid: int | str, name: str) -> int:
+    """How many descriptors of a block a process has."""
+    found = 0
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found += os.readlink(f"/proc/{pid}/fd/{fd}").startswith(f"/memfd:{name}.")
+    return found

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import pytest
 from shm_both import OURS, THEIRS, Kind, run_python
 
 import memdesc as md
+from memdesc.interop import multiprocessing as shm_multiprocessing
 
 Closing = Callable[[Any], Any]
 
@@ -77,7 +79,7 @@ def test_the_collector_raises_no_buffer_error(kind: Kind) -> None:
     )
     assert ended.returncode == 0, ended.stderr
     if kind.ours:
-        assert (ended.stdout, ended.stderr) == ("1\n", "")
+        assert (ended.stdout, ended.stderr) == ("2\n", "")
     elif "BufferError" not in ended.stderr:
         mended("no BufferError from __del__")
 
@@ -221,6 +223,37 @@ def test_what_a_pickle_carries_does_not_grow_with_the_memory(kind: Kind, closing
     assert again[5] == 2.5
     beside[0].release()
     del again, array
+
+
+def test_arrays_over_it_travel_as_handles_through_multiprocessing(closing: Closing) -> None:
+    """cpython#89467 again, of `ForkingPickler`, with which Queue, Pipe and Pool send."""
+    block = closing(OURS.SharedMemory(create=True, size=8 << 10))
+    array = np.ndarray((1 << 10,), "f8", buffer=block.buf)
+    with shm_multiprocessing.installed(access=md.Access.READ_WRITE):
+        carried = ForkingPickler.dumps(array[10:20])
+        assert len(carried) < 1000
+        again = ForkingPickler.loads(carried)
+    again[0] = 4.5
+    assert array[10] == 4.5
+    block.close()
+    del array
+    assert again[0] == 4.5
+
+
+def test_the_descriptor_under_an_array_is_found(closing: Closing) -> None:
+    block = closing(OURS.SharedMemory(create=True, size=800, reserve=1 << 16))
+    reader = OURS.SharedMemory(block.name, readonly=True)
+    array = np.ndarray((100,), "f8", buffer=block.buf)
+    found = md.descriptor_of(array)
+    assert found is not None and found.length == 800
+    block.grow(1600)
+    assert md.descriptor_of(array) is found
+    part = md.descriptor_of(np.frombuffer(reader.buf, "f8")[3:])
+    assert part is not None and (part.length, part.max_access) == (776, md.Access.READ_ONLY)
+    block.close()
+    assert md.descriptor_of(array) is found, "the array is there still"
+    reader.close()
+    del array, found, part
 
 
 @pytest.mark.parametrize("how", ["closed", "collected"])

@@ -9,15 +9,17 @@ import os
 import pickle
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from children import in_child
+from shm_both import left_in, memfds_of
 
 import memdesc as md
 from memdesc import _core, page_size
-from memdesc.interop.shared_memory import SharedMemory
+from memdesc.interop.shared_memory import SharedMemory, keeping
 from memdesc.testing.faults import failing
 
 Closing = Callable[[Any], Any]
@@ -90,10 +92,30 @@ def test_a_failure_at_creation_leaves_nothing(
 
 def test_a_mapping_that_fails_leaves_nothing(closing: Closing) -> None:
     block = closing(SharedMemory(create=True, size=10))
-    before = len(os.listdir("/proc/self/fd"))
+    before = memfds_of("self", block.name)
     with failing("map_memory", errno.ENOMEM), pytest.raises(md.MappingError):
         SharedMemory(block.name)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert memfds_of("self", block.name) == before
+
+
+@pytest.mark.parametrize("create", [True, False])
+def test_an_object_that_can_not_be_finished_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, closing: Closing, runtime_dir: Path, create: bool
+) -> None:
+    block = closing(SharedMemory("frames", create=True, size=10))
+    name = "new" if create else "frames"
+    before, descriptors = left_in(runtime_dir), memfds_of("self", name)
+
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(keeping, "keep", fail)
+        with pytest.raises(KeyboardInterrupt):
+            SharedMemory(name, create=create, size=10)
+    gc.collect()
+    assert (left_in(runtime_dir), memfds_of("self", name)) == (before, descriptors)
+    assert block.size == 10
 
 
 # -- read-only -------------------------------------------------------------------------------------

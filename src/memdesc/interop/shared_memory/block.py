@@ -21,6 +21,7 @@ from memdesc.errors import (
     SealedError,
     describe_errno,
 )
+from memdesc.handover import too_many_files
 from memdesc.interop.shared_memory import keeping, names
 from memdesc.interop.shared_memory.folder import check_name, memory_name, new_name, new_token
 from memdesc.interop.shared_memory.holders import Holding
@@ -124,13 +125,20 @@ class SharedMemory:
             given = name
             self._holding, window = _attach(name, self._access)
         self._name = f"/{given}"
-        self._show(window)
+        try:
+            self._show(window)
+        except BaseException:
+            if create:
+                names.remove(self._holding)
+            self._holding.let_go()
+            raise
 
     def _show(self, window: _core.Window) -> None:
-        keeping.keep(self._holding, window.memory)
+        # Before what is shown so far goes: with the last range of it the block would be let go.
+        keeping.keep(self._holding, window, self._describe(window.nbytes))
         self._window: _core.Window | None = window
-        self._buf = memoryview(window)
         self._size = window.nbytes
+        self._buf = memoryview(window)
 
     @property
     def buf(self) -> memoryview:
@@ -143,7 +151,7 @@ class SharedMemory:
             makes an array of its own.)
         """
         if self._buf is None:
-            raise ClosedError(f"shared memory {self.name!r} was closed here: attach to it again")
+            raise self._closed()
         return self._buf
 
     @property
@@ -174,7 +182,7 @@ class SharedMemory:
         ClosedError
         """
         if self._buf is None:
-            raise ClosedError(f"shared memory {self.name!r} was closed here: attach to it again")
+            raise self._closed()
         return self._holding.fd
 
     def as_descriptor(self) -> ReceivedMemoryDescriptor:
@@ -185,11 +193,21 @@ class SharedMemory:
         ReceivedMemoryDescriptor
             Owned by the caller; it holds the memory, but does not answer for the name.
         """
-        extent = Extent(self._object(), 0, self._size)
+        self.fileno()  # while it is open only, though the block may be held for longer
+        return self._describe(self._size)
+
+    def _describe(self, size: int) -> ReceivedMemoryDescriptor:
+        extent = Extent(self._object(), 0, size)
         return ReceivedMemoryDescriptor([extent], direction=Direction.OUT_IN, name=self.name)
 
     def _object(self) -> ForeignObject:
-        return ForeignObject(os.dup(self.fileno()), self._access)
+        fd = self._holding.fd
+        if fd < 0:
+            raise self._closed()
+        return _object_of(fd, self._access)
+
+    def _closed(self) -> ClosedError:
+        return ClosedError(f"shared memory {self.name!r} was closed here: attach to it again")
 
     def grow(self, size: int, *, lazy: bool = False) -> None:
         """Have more bytes, in place: what was taken of `buf` before stays valid and shared.
@@ -308,7 +326,7 @@ def _create(
 def _attach(name: str, access: Access) -> tuple[Holding, _core.Window]:
     holding, size = names.find(check_name(name), writable=access.writable)
     try:
-        object_ = ForeignObject(os.dup(holding.fd), access)  # checks the seals
+        object_ = _object_of(holding.fd, access)
         try:
             if size > object_.size:
                 raise RangeError(
@@ -322,6 +340,15 @@ def _attach(name: str, access: Access) -> tuple[Holding, _core.Window]:
     except BaseException:
         holding.let_go()
         raise
+
+
+def _object_of(fd: int, access: Access) -> ForeignObject:
+    """Make an object of a duplicate of a descriptor, its seals checked."""
+    try:
+        own = os.dup(fd)
+    except OSError as error:
+        raise too_many_files(error) from error
+    return ForeignObject(own, access)
 
 
 def _take_pages(fd: int, old: int, new: int, name: str) -> None:

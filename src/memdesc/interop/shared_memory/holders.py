@@ -13,6 +13,7 @@ import os
 import re
 from dataclasses import dataclass
 
+from memdesc.descriptors.base import MemoryDescriptor
 from memdesc.errors import TaskGoneError
 from memdesc.handover import too_many_files
 from memdesc.interop.shared_memory.folder import read_record
@@ -35,8 +36,8 @@ class Holding:
         The folder of the names, and which block of them.
     made_here : bool
         Whether this process made the block: then it holds it until the name is gone.
-    pins : list
-        One item for each range of addresses here that shows it.
+    pins : list of MemoryDescriptor
+        One for each range of addresses here that shows it: what arrays there are traced to.
     """
 
     __slots__ = ("_entry", "_fds", "made_here", "name", "own", "pins", "token")
@@ -47,7 +48,7 @@ class Holding:
         self.own = own
         self._entry: str | None = None
         self.made_here = False
-        self.pins: list[None] = []
+        self.pins: list[MemoryDescriptor] = []
         self._fds = [fd]  # whoever takes it out closes it, also where a collector comes between
 
     @property

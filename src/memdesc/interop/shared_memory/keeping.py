@@ -15,6 +15,8 @@ from multiprocessing import util
 from typing import Final
 
 from memdesc import _core
+from memdesc.descriptors.base import MemoryDescriptor
+from memdesc.descriptors.homes import note_home
 from memdesc.errors import BlockNotFoundError
 from memdesc.interop.shared_memory import names
 from memdesc.interop.shared_memory.holders import Holding
@@ -29,12 +31,13 @@ _awaiting: dict[str, Holding] = {}
 """By token: blocks that nothing shows here any more, held until their names are gone."""
 
 
-def keep(holding: Holding, memory: _core.MappedMemory) -> None:
-    """Hold a block at least as long as memory that shows it."""
+def keep(holding: Holding, window: _core.Window, descriptor: MemoryDescriptor) -> None:
+    """Hold a block at least as long as memory that shows it, and so long let arrays be traced."""
     _hook()
     _held.add(holding)
-    holding.pins.append(None)
-    weakref.finalize(memory, _unpin, holding).atexit = False
+    holding.pins.append(descriptor)
+    note_home(window, descriptor, 0)
+    weakref.finalize(window.memory, _unpin, holding).atexit = False
 
 
 def _unpin(holding: Holding) -> None:

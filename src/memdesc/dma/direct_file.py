@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 import weakref
 from collections.abc import Sequence
-from typing import Self, final
+from typing import TYPE_CHECKING, Self, final
 
 from memdesc.descriptors.base import MemoryDescriptor
 from memdesc.dma import rings
@@ -18,6 +17,9 @@ from memdesc.dma.targets import Ask, Checked, check_asks, hold
 from memdesc.dma.transfers import Part, Progress, Transfer, Transferred
 from memdesc.errors import ClosedError, InvalidArgument, RangeError
 from memdesc.vm.pages import check_integer, page_size
+
+if TYPE_CHECKING:
+    import asyncio
 
 _files: weakref.WeakSet[DirectFile] = weakref.WeakSet()
 _hooked = False
@@ -342,6 +344,8 @@ class DirectFile:
             self._idle.pop().close()
 
     def _engine_of_loop(self) -> tuple[LoopEngine | None, str]:
+        import asyncio
+
         loop = asyncio.get_running_loop()
         for other in [other for other in self._loops if other.is_closed()]:
             self._loops.pop(other).close()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
+from typing import TYPE_CHECKING
 
 from memdesc import _core
 from memdesc.dma.rings import Engine, run_without_ring
 from memdesc.dma.transfers import Transfer
+
+if TYPE_CHECKING:
+    import asyncio
 
 
 class LoopEngine:
@@ -34,6 +37,8 @@ class LoopEngine:
 
         Cancelled once more it does not wait: what the kernel has it then keeps.
         """
+        import asyncio
+
         loop = asyncio.get_running_loop()
         if not self._waiters:
             loop.add_reader(self._eventfd, self._readable)
@@ -118,6 +123,8 @@ class LoopEngine:
 
 async def carry_without_ring(transfer: Transfer) -> None:
     """Carry a transfer in a thread; cancelled, it gives up after the request under way."""
+    import asyncio
+
     running = asyncio.get_running_loop().run_in_executor(None, run_without_ring, transfer)
     try:
         await asyncio.shield(running)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import os
@@ -35,6 +34,7 @@ from memdesc.vm.pages import Access
 from memdesc.vm.task import Task
 
 if TYPE_CHECKING:
+    import asyncio
     import socket as sockets
 
 _ENDED, _SLOW, _BROKEN = 1, 2, 3
@@ -242,6 +242,8 @@ class Subscription(_core.StreamSubscriber):
 
     async def take_async(self, timeout: float | None = None) -> _core.TakenSlot:
         """As `take`, for asyncio; cancelling it loses nothing."""
+        import asyncio
+
         fd = self.fileno()
         waiting = asyncio.timeout(timeout)
         try:
@@ -269,6 +271,8 @@ class Subscription(_core.StreamSubscriber):
                 slot._next_turn()
 
     async def _readable(self, fd: int) -> None:
+        import asyncio
+
         loop = asyncio.get_running_loop()
         ready: asyncio.Future[None] = loop.create_future()
         self._sleepers.add(ready)

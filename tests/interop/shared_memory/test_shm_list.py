@@ -136,7 +136,7 @@ def test_it_can_be_named_in_annotations(kind: Kind) -> None:
 def test_the_layout_is_that_of_the_standard_library(closing: Closing) -> None:
     from multiprocessing import shared_memory
 
-    for items in (ITEMS, [], ["", b"", "12345678", 0, False]):
+    for items in (ITEMS, [], ["", b"", "12345678", 0, False], ["é" * 4, "encodés"]):
         one, other = ShareableList(items), shared_memory.ShareableList(items)
         closing(one), closing(other)
         assert bytes(one.shm.buf) == bytes(other.shm.buf)[: one.shm.size]

@@ -234,16 +234,21 @@ def _encoded(item: str | bytes) -> bytes:
 
 
 def _room_for(item: Item) -> int:
-    """How many bytes an item gets in a new list: a text always one more than it needs, at least."""
+    """How many bytes an item gets in a new list.
+
+    A text as many as there: whole words for its letters, and a bit to spare. And at least what it
+    needs, which with letters of several bytes may be more.
+    """
     if not isinstance(item, (str, bytes)):
         return _WORD
     nbytes = len(_encoded(item))
-    if nbytes // _WORD * _WORD + _WORD > _MOST_BYTES:
+    room = max(_WORD * (len(item) // _WORD + 1), nbytes + -nbytes % _WORD)
+    if room > _MOST_BYTES:
         raise InvalidArgument(
             f"an item of {nbytes:,} bytes: one has less than 10,000,000; put it into a block of "
             "its own"
         )
-    return _WORD * (nbytes // _WORD + 1)
+    return room
 
 
 def _pack(item: Item, room: int) -> tuple[str, int, bytes]:

@@ -114,6 +114,8 @@ class Watch:
                 seen.told, seen.items = inquiry.answer_all(until)
             else:
                 seen.told = inquiry.answer(until)
+            if seen.told.superseded:  # the next look is at who has the name now
+                self._forget(seen.path)
         except MemdescError as error:
             self._failed(seen, error)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from memdesc.cli.printer import Printer
-from memdesc.cli.words import amount, count, harmless, user
+from memdesc.cli.words import amount, count, harmless, named, user
 
 _NUMBERS = ("clients", "shares", "queues", "streams")
 STATES = {
@@ -29,8 +29,10 @@ class LsScreen(Printer):
             self._line("No services.")
         elif any(one["state"] == "serving" for one in services) and not long:
             self._head()
-        for one in services:
+        for number, one in enumerate(services):
             if long and one["state"] == "serving":
+                if number:
+                    self._line()
                 self._service(one)
             else:
                 self._row(one)
@@ -66,7 +68,7 @@ class LsScreen(Printer):
         numbers = "".join(f"{one[key]:>8,}" for key in _NUMBERS)
         pid = "-" if one["pid"] is None else one["pid"]
         self._plain(
-            f"{harmless(one['name'], name):<{name}} {pid:>8} {user(one['user']):<6} "
+            f"{named(one['name'], name):<{name}} {pid:>8} {user(one['user']):<6} "
             f"{_program(one, program):<{program}}{numbers}"
         )
 
@@ -90,7 +92,6 @@ class LsScreen(Printer):
             )
         for buffer in one["buffers"]:
             self._buffer(buffer, one["pid"])
-        self._line()
 
     # -- buffers ---------------------------------------------------------------------------------
 
@@ -128,6 +129,7 @@ class LsScreen(Printer):
         if not long:
             self._line(f"{told}: --long lists them.")
             return
+        self._line()
         self._line(f"{told}:", style="bold")
         for one in buffers:
             self._buffer(one, None)
@@ -170,10 +172,13 @@ def _facts(buffer: dict[str, Any]) -> list[str]:
 def _made_of(objects: Sequence[dict[str, Any]]) -> list[str]:
     """Say what the kernel shows of its pages."""
     kinds = sorted({one["pages"] for one in objects if one["pages"]})
-    wired = sum(one["wired"] for one in objects)
     if not kinds:
         return ["its memory is not seen from here"]
-    return [f"{' and '.join(kinds)} pages", *([f"{amount(wired)} wired"] if wired else [])]
+    told = [f"{' and '.join(kinds)} pages"]
+    for what in ("huge", "wired"):
+        if (nbytes := sum(one[what] for one in objects)) and what not in kinds:
+            told.append(f"{amount(nbytes)} {what}")
+    return told
 
 
 def hidden(tasks: int) -> str:

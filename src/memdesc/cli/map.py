@@ -150,10 +150,14 @@ def gap_before(band: Band) -> str:
 
 @dataclass(slots=True)
 class Band:
-    """What a picture shows as one: neighbours of one kind; `gap` bytes of nothing lie before it."""
+    """What a picture shows as one: neighbours of one kind.
+
+    `others`: the other tasks that have its object. `gap`: bytes of nothing that lie before it.
+    """
 
     kind: str
     regions: list[dict[str, Any]]
+    others: Sequence[dict[str, Any]] = ()
     gap: int = 0
 
     @property
@@ -182,6 +186,10 @@ class Band:
 
 def bands(report: dict[str, Any], *, fold: bool) -> Iterator[Band]:
     """Put regions together for a picture; `fold`: files and private memory side by side in one."""
+    others = {
+        (one["device"], one["inode"]): [it for it in one["holders"] if it["pid"] != report["pid"]]
+        for one in report["objects"]
+    }
     last: Band | None = None
     for one in report["regions"]:
         if last is not None and _continues(last, one, fold=fold):
@@ -191,7 +199,7 @@ def bands(report: dict[str, Any], *, fold: bool) -> Iterator[Band]:
         if last is not None:
             yield last
             gap = int(one["start"], 16) - last.end
-        last = Band(one["kind"], [one], gap)
+        last = Band(one["kind"], [one], others.get((one["device"], one["inode"]), ()), gap)
     if last is not None:
         yield last
 
@@ -209,12 +217,3 @@ def _continues(band: Band, one: dict[str, Any], *, fold: bool) -> bool:
         return True
     same = ("kind", "device", "inode", "name", "permissions")
     return before["end"] == one["start"] and all(before[name] == one[name] for name in same)
-
-
-def holders_of(band: Band, report: dict[str, Any]) -> Sequence[dict[str, Any]]:
-    """Give the other tasks that have the object of a band."""
-    first = band.regions[0]
-    for one in report["objects"]:
-        if (one["device"], one["inode"]) == (first["device"], first["inode"]):
-            return [holder for holder in one["holders"] if holder["pid"] != report["pid"]]
-    return ()

@@ -10,7 +10,7 @@ from typing import Any
 from rich.text import Text
 
 from memdesc.cli.ls_screen import hidden
-from memdesc.cli.map import FOLDED, KINDS, Band, bands, gap_before, holders_of
+from memdesc.cli.map import FOLDED, KINDS, Band, bands, gap_before
 from memdesc.cli.printer import Printer
 from memdesc.cli.words import amount, count, harmless, user
 
@@ -25,8 +25,10 @@ _LOOK = {
     "stack": ("s", "black on yellow"),
     "kernel": ("k", "white on red"),
 }
-_ASCII = {"top": "+------+", "wall": "|", "gap": ":      :"}
-_LINES = {"top": "├──────┤", "wall": "│", "gap": "┊      ┊"}
+_ASCII = {"first": "+------+", "wall": "|", "gap": ":      :"}
+_ASCII |= {"border": _ASCII["first"], "last": _ASCII["first"]}
+_LINES = {"first": "┌──────┐", "border": "├──────┤", "last": "└──────┘", "wall": "│"}
+_LINES |= {"gap": "┊      ┊"}
 _FILL = 6
 _MOST_HOLDERS = 6
 
@@ -43,11 +45,12 @@ class MapScreen(Printer):
             return
         self._line()
         frame = _LINES if self._console.is_terminal and not self._ascii else _ASCII
-        kinds: dict[str, None] = {}
+        kinds: set[str] = set()
         for band in bands(report, fold=fold):
-            kinds[band.kind] = None
-            self._band(band, report, frame)
-        self._border(frame)
+            self._border(frame["border" if kinds else "first"])
+            self._band(band, frame)
+            kinds.add(band.kind)
+        self._border(frame["last"])
         self._line()
         self._line("   ".join(f"{_LOOK[kind][0]} {kind}" for kind in KINDS if kind in kinds))
         if report["hidden_tasks"]:
@@ -82,16 +85,14 @@ class MapScreen(Printer):
 
     # -- bands -----------------------------------------------------------------------------------
 
-    def _band(self, band: Band, report: dict[str, Any], frame: dict[str, str]) -> None:
+    def _band(self, band: Band, frame: dict[str, str]) -> None:
         if gap := gap_before(band):
-            self._border(frame)
             self._row_of(f"{'':14} {frame['gap']} {gap}")
-        self._border(frame)
-        others = holders_of(band, report)
+            self._border(frame["border"])
         room = self._width - 14 - 2 - _FILL - 3
         lines = [
             line
-            for text in (_title(band), *_more(band, others))
+            for text in (_title(band), *_more(band))
             for line in textwrap.wrap(text, room, subsequent_indent=" " * 12)
         ]
         for number in range(max(_height(band.total("length")), len(lines))):
@@ -105,8 +106,8 @@ class MapScreen(Printer):
         line.append(frame["wall"]).append(letter * _FILL, style).append(frame["wall"] + after)
         self._console.print(line, soft_wrap=True)
 
-    def _border(self, frame: dict[str, str]) -> None:
-        self._row_of(f"{'':14} {frame['top']}")
+    def _border(self, line: str) -> None:
+        self._row_of(f"{'':14} {line}")
 
 
 def _height(nbytes: int) -> int:
@@ -138,7 +139,7 @@ def _some(names: Sequence[str]) -> str:
     return shown + (f" and {len(names) - 2:,} more" if names[2:] else "")
 
 
-def _more(band: Band, others: Sequence[dict[str, Any]]) -> Iterator[str]:
+def _more(band: Band) -> Iterator[str]:
     """Say what of it is in memory, and who else has it."""
     facts = [f"{amount(band.total('resident'))} resident"]
     facts += [
@@ -148,6 +149,7 @@ def _more(band: Band, others: Sequence[dict[str, Any]]) -> Iterator[str]:
     ]
     if band.kind != "kernel":
         yield f"{'':8}  {', '.join(facts)}"
+    others = band.others
     for one in others[:_MOST_HOLDERS]:
         yield (
             f"{'':8}  also {one['pid']} {harmless(one['program'], 24)}: "

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 from xml.sax.saxutils import escape, quoteattr
 
-from memdesc.cli.map import FOLDED, KINDS, Band, bands, gap_before, holders_of
+from memdesc.cli.map import FOLDED, KINDS, Band, bands, gap_before
 from memdesc.cli.words import amount, count, harmless, user
 
 _WIDTH = 860
@@ -47,7 +47,7 @@ def draw(report: dict[str, Any], *, fold: bool) -> str:
     shown = [band for _, band in zip(range(_MOST_BANDS), bands(report, fold=fold), strict=False)]
     body, y = list(_head(report)), 72
     for band in shown:
-        part, y = _band(band, report, y)
+        part, y = _band(band, y)
         body += part
     drawn, y = _legend(shown, y + 8)
     body += drawn
@@ -86,7 +86,7 @@ def _description(report: dict[str, Any], shown: list[Band]) -> str:
     told = [f"{count(len(report['regions']), 'region')} in {count(len(shown), 'band')}."]
     for band in shown:
         if band.kind in ("buffer", "memfd", "shared"):
-            others = holders_of(band, report)
+            others = band.others
             told.append(
                 f"{band.kind} {_name(band)}, {amount(band.total('length'))}, "
                 f"{len(others)} other {'task has' if len(others) == 1 else 'tasks have'} it."
@@ -94,7 +94,7 @@ def _description(report: dict[str, Any], shown: list[Band]) -> str:
     return " ".join(told[:200])
 
 
-def _band(band: Band, report: dict[str, Any], y: int) -> tuple[list[str], int]:
+def _band(band: Band, y: int) -> tuple[list[str], int]:
     """Draw a band with what lies before it: (elements, where the next one begins)."""
     found = []
     if gap := gap_before(band):
@@ -102,7 +102,7 @@ def _band(band: Band, report: dict[str, Any], y: int) -> tuple[list[str], int]:
             found.append(f'<line class="nothing" x1="{x}" y1="{y}" x2="{x}" y2="{y + 26}"/>')
         found.append(_text(_LEFT + _BAND + 14, y + 17, gap, "soft"))
         y += 26
-    lines = list(_lines(band, report))
+    lines = list(_lines(band))
     length = band.total("length")
     height = max(round(7 * math.log2(max(length / 4096, 1)) + 10), _LINE * len(lines) + 8, 22)
     huge = " huge" if band.total("huge") else ""
@@ -121,7 +121,7 @@ def _band(band: Band, report: dict[str, Any], y: int) -> tuple[list[str], int]:
     return found, y + height
 
 
-def _lines(band: Band, report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _lines(band: Band) -> Iterator[tuple[str, str]]:
     """Give what is written beside a band, each line with its class."""
     size = amount(band.total("length"))
     if len(band.regions) > 1 and band.kind in FOLDED:
@@ -137,7 +137,7 @@ def _lines(band: Band, report: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if band.total(one)
     ]
     yield ", ".join(facts), "soft"
-    others = holders_of(band, report)
+    others = band.others
     for one in others[:_MOST_HOLDERS]:
         how = one["access"] or "open, not mapped"
         yield f"also {one['pid']} {harmless(one['program'], 30)}: {how}", ""
@@ -147,7 +147,7 @@ def _lines(band: Band, report: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _name(band: Band) -> str:
     names = [name.rpartition("/")[2] or name for name in band.names if name != f"[{band.kind}]"]
-    shown = ", ".join(harmless(name, 24) for name in names[:2])
+    shown = ", ".join(harmless(name, 20) for name in names[:2])
     return shown + (f" and {len(names) - 2:,} more" if names[2:] else "")
 
 

@@ -18,7 +18,7 @@ from rich.text import Text
 from memdesc.cli.ls_screen import STATES
 from memdesc.cli.printer import Printer
 from memdesc.cli.top import Looks
-from memdesc.cli.words import count, harmless, rate, short
+from memdesc.cli.words import count, named, rate, short
 
 _ENDS = frozenset(b"qQ\x04")
 
@@ -82,7 +82,7 @@ class TopScreen(Printer):
         head = "".join(f" {name:>{column}}" for name, column, _ in _COLUMNS)
         yield f"{'service':<{room}}{head}", "bold"
         for one in report["services"]:
-            name = f"{harmless(one['name'], room):<{room}}"
+            name = f"{named(one['name'], room):<{room}}"
             if one["state"] != "serving":
                 pid = "-" if one["pid"] is None else one["pid"]
                 yield f"{name} {pid:>7}  {STATES[one['state']]}"[:width], "yellow"

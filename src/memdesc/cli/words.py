@@ -26,6 +26,14 @@ def harmless(text: str, most: int = 0) -> str:
     return shown
 
 
+def named(name: str, most: int) -> str:
+    """Give a service's name in so many characters; of a path its end, which tells most."""
+    shown = harmless(name)
+    if "/" in shown and len(shown) > most:
+        return ".." + shown[2 - most :]
+    return harmless(name, most)
+
+
 def as_json(report: Any, indent: int | None = 2) -> str:
     """Give a record as JSON; what is no text in it (surrogates of odd names) is escaped."""
     return json.dumps(_texts(report), indent=indent)

@@ -23,6 +23,8 @@ Identity = tuple[int, int]
 
 _MEMFD = "/memfd:"
 _OWN_MODE = 0o600
+_FEW = 64
+"""Objects that are looked for in a text; for more of them it is parsed at once."""
 
 
 @dataclass(slots=True)
@@ -166,9 +168,16 @@ def _look(task: Task, found: Survey, wanted: frozenset[Identity] | None) -> None
             return region.path.startswith(_MEMFD)
         return identity_of(region) in wanted
 
-    if (wanted is not None or _MEMFD in text) and any(map(is_meant, parse_maps(text))):
+    if _may_have(text, wanted) and any(map(is_meant, parse_maps(text))):
         _add_mappings(task, found, is_meant)
     _add_descriptors(task, found, wanted)
+
+
+def _may_have(text: str, wanted: frozenset[Identity] | None) -> bool:
+    """Whether a maps file is worth parsing: most are not."""
+    if wanted is None:
+        return _MEMFD in text
+    return len(wanted) > _FEW or any(f" {inode} " in text for _, inode in wanted)
 
 
 def _add_mappings(task: Task, found: Survey, is_meant: Callable[[Region], bool]) -> None:

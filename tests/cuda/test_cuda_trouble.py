@@ -151,6 +151,7 @@ def test_a_fork_child_has_no_part_in_it(
         with device.registered(buffer) as pinned:
             fake.hold()
             copy = pinned.copy_to_device(far)
+            device.registered(other).copy_to_device(far, 0, 10)  # which nobody holds
 
             def ask() -> list[str]:
                 told = []

@@ -334,9 +334,10 @@ class _Watchers:
                         del self._queues[key]
                     return
                 event, tell = queue.popleft()
-            # Why it failed, who awaits it finds out.
-            with contextlib.suppress(DeviceError), place.current() as driver:
-                driver.wait_event(event.handle)
+            with contextlib.suppress(DeviceError):  # why it failed, who awaits it finds out
+                if place.driver.get_device() != place.index:
+                    place.driver.set_device(place.index)  # for good: the thread is ours
+                place.driver.wait_event(event.handle)
             tell()
             del event, tell
 

@@ -10,11 +10,11 @@ nobody up, and no lock order between CUDA's and the interpreter's arises.
 from __future__ import annotations
 
 import errno
+import os
 from enum import Enum
 from typing import Any, Protocol
 
 from memdesc.errors import DeviceError, UnsupportedError
-from memdesc.vm.forks import tell_child
 
 PORTABLE, MAPPED, READ_ONLY = 1, 2, 8
 """Flags of `register`: pinned for every device; with an address there; not written by any."""
@@ -118,11 +118,7 @@ class CudaDriver:
 
     def __init__(self) -> None:
         self._runtime: Any = _import_runtime()
-        self._forked = False
-        tell_child(self)
-
-    def _inherit(self) -> None:
-        self._forked = True
+        self._pid = os.getpid()
 
     # -- devices ---------------------------------------------------------------------------------
 
@@ -237,7 +233,7 @@ class CudaDriver:
         return results[0] if results else None
 
     def _answer(self, call: str, *arguments: Any) -> tuple[Any, ...]:
-        if self._forked:
+        if os.getpid() != self._pid:
             raise device_error(call, NOT_INITIALIZED, "cudaErrorInitializationError")
         try:
             answer: tuple[Any, ...] = getattr(self._runtime, call)(*arguments)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from typing import final
 
 from memdesc.dma.cuda.driver import Driver
 from memdesc.errors import ClosedError
-from memdesc.vm.forks import tell_child
 
 
 @final
@@ -18,17 +18,19 @@ class Place:
     driver : Driver
     index : int
     name : str
-    inherited : bool
-        Whether this is a fork child, in which nothing reaches the driver any more.
     """
 
     def __init__(self, driver: Driver, index: int, name: str) -> None:
         self.driver, self.index, self.name = driver, index, name
-        self.inherited = False
-        tell_child(self)
+        self._pid = os.getpid()
 
-    def _inherit(self) -> None:
-        self.inherited = True
+    @property
+    def inherited(self) -> bool:
+        """Whether this is a fork child, in which nothing reaches the driver any more.
+
+        By the pid: hooks run in any order, and none where a library forks by itself.
+        """
+        return os.getpid() != self._pid
 
     def check_open(self) -> None:
         """Raise `ClosedError` in a fork child."""

@@ -11,6 +11,7 @@ more, without any undoing.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import weakref
 from collections.abc import Iterator
@@ -91,6 +92,7 @@ class Registrations:
 
     def __init__(self) -> None:
         self._all: list[Registration] = []
+        self._pid = os.getpid()
         self._lock = lock_for(self)
         tell_child(self)
 
@@ -170,6 +172,8 @@ class Registrations:
 
         Waits for no lock: the collector calls it, in the midst of anything.
         """
+        if os.getpid() != self._pid:
+            return  # a fork child, which is about to be told
         while any(known.loose and not known.stuck for known in list(self._all)):
             if self._lock._is_owned():
                 return
@@ -207,6 +211,7 @@ class Registrations:
     def _inherit(self) -> None:
         """In a fork child: they are the parent's, and nothing is unregistered."""
         self._all.clear()
+        self._pid = os.getpid()
 
 
 books = Registrations()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import given, settings, strategies as st
 from shm_both import Kind, run_python
 
 from memdesc import ProtocolError
@@ -267,3 +268,66 @@ def test_a_format_that_another_process_spoiled_is_refused(
         sl[0]
     sl[0] = 6
     assert sl[0] == 6
+
+
+STORABLE = st.one_of(
+    st.integers(-(2**63), 2**63 - 1),
+    st.floats(allow_nan=False),
+    st.booleans(),
+    st.none(),
+    st.text(st.characters(codec="utf-8"), max_size=20),
+    st.binary(max_size=20),
+    st.sampled_from(TEXTS),
+)
+
+
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None)
+@given(st.lists(STORABLE, max_size=6), st.data())
+def test_it_is_a_list_of_what_was_stored(items: list[Any], data: st.DataObject) -> None:
+    sl = ShareableList(items)
+    other = ShareableList(name=sl.shm.name)
+    try:
+        assert list(other) == items
+        for position, value in data.draw(
+            st.lists(st.tuples(st.integers(-7, 7), STORABLE), max_size=10)
+        ):
+            try:
+                sl[position] = value
+            except IndexError:
+                assert not -len(items) <= position < len(items)
+            except ValueError:
+                assert len(value.encode() if isinstance(value, str) else value) > 8
+            else:
+                items[position] = value
+            assert list(map(type, other)) == list(map(type, items))
+            assert list(other) == items
+    finally:
+        other.shm.close()
+        sl.shm.close()
+        sl.shm.unlink()
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None)
+@given(st.lists(STORABLE, min_size=1, max_size=4), st.data())
+def test_whatever_another_process_writes_there_nothing_but_a_protocol_error_comes(
+    items: list[Any], data: st.DataObject
+) -> None:
+    sl = ShareableList(items)
+    size = sl.shm.size
+    try:
+        for _ in range(data.draw(st.integers(1, 6))):
+            sl.shm.buf[data.draw(st.integers(0, size - 1))] = data.draw(st.integers(0, 255))
+        for use in (
+            lambda: list(sl),
+            lambda: sl.format,
+            lambda: list(ShareableList(name=sl.shm.name)),
+        ):
+            try:
+                use()
+            except ProtocolError:
+                pass
+    finally:
+        sl.shm.close()
+        sl.shm.unlink()

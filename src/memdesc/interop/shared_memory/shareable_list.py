@@ -186,7 +186,12 @@ class ShareableList:
             data = data.rstrip(b"\0")
         if code & _MARKED:
             data = data[:-1]
-        return data.decode() if code & ~(_MARKED | _FULL) == _TEXT else data
+        if code & ~(_MARKED | _FULL) == _BYTES:
+            return data
+        try:
+            return data.decode()
+        except UnicodeDecodeError as error:
+            raise self._no_list(f"item {place} is no text: {error}") from error
 
     def __setitem__(self, position: int, value: Item) -> None:
         place = self._place(position, "assignment index")

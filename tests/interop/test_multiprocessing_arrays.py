@@ -8,6 +8,7 @@ import gc
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -16,12 +17,13 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from typing import Any
 
 import multiprocessing_children as children
 import numpy as np
 import pytest
-from children import NOBODY, become, in_child
+from children import NOBODY, become, finish, in_child, kill, start
 from puppets import count_fds, full_table, memfds_mapped, wait_until
 
 import memdesc as md
@@ -119,7 +121,7 @@ def test_a_pool_both_ways_also_of_workers_that_are_gone(method: str, installed: 
     with context.Pool(1, maxtasksperchild=1) as pool:
         seen = pool.map_async(children.look, given, chunksize=3).get(60)
         made = pool.map_async(children.make_late, [10, 1000], chunksize=2).get(60)
-        (back,) = pool.map_async(children.give_back, given[2:]).get(60)
+        (back,) = pool.map_async(children.give_back, given[2:], chunksize=1).get(60)
         pool.close()
         pool.join()
     assert [one["inode"] != 0 for one in seen] == [False, True, True]
@@ -500,6 +502,88 @@ def test_what_is_not_there_is_answered(message: bytes, descriptors: int, install
     wait_until(lambda: count_fds() == fds)
 
 
+def test_a_holder_without_descriptors_says_so_and_goes_on(installed: None) -> None:
+    """To whom it has a connection, at once; who connects waits until there is one."""
+    holder = transit.ways.holder
+    assert holder is not None
+    go, gone = os.pipe()
+    ours, theirs = multiprocessing.Pipe()
+
+    def send() -> None:
+        os.close(gone)
+        theirs.send(numbers(3))
+        os.read(go, 1)
+        with pytest.raises(md.MappingError) as no:
+            ForkingPickler.dumps(numbers(3))
+        assert no.value.reason is md.MappingReason.TOO_MANY_FILES
+        transit.Link(holder.address).keep(b"0123456789abcdef", os.dup(go))
+        theirs.send(numbers(4))
+
+    pid = start(send)
+    os.close(go)
+    with ours, theirs:
+        assert ours.recv().sum() == 3
+        with full_table():
+            os.write(gone, b"!")
+            watched = holder._loop._selector.get_map
+            wait_until(lambda: holder._sock.fileno() not in watched())
+        os.close(gone)
+        assert ours.recv().sum() == 6
+        assert finish(pid) == 0
+    os.close(holder.take(b"0123456789abcdef"))
+
+
+@pytest.mark.parametrize(
+    ("answer", "descriptors", "error"),
+    [
+        (None, 0, md.TimedOutError),
+        (b"", 0, md.PeerGoneError),
+        (b"y", 0, md.ProtocolError),
+        (b"y", 2, md.ProtocolError),
+        (b"n", 1, md.PeerGoneError),
+        (b"?", 1, md.PeerGoneError),
+    ],
+)
+def test_a_false_holder_is_seen_through(
+    answer: bytes | None, descriptors: int, error: type[md.MemdescError], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(transit, "PATIENCE", 20 if answer is not None else 0.05)
+    fds = count_fds()
+    address = b"\0memdesc-test-" + os.urandom(8).hex().encode()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as false:
+        false.bind(address)
+        false.listen(1)
+
+        def serve() -> None:
+            link, _ = false.accept()
+            with link:
+                assert len(link.recv(100)) == 17
+                if answer:
+                    socket.send_fds(link, [answer], [0] * descriptors)
+                if answer is None:
+                    link.recv(1)  # until he has had enough
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with pytest.raises(error):
+            transit.take(address, [bytes(16)])
+        transit.ways.close()
+        thread.join()
+    assert count_fds() == fds
+
+
+def test_what_a_killed_receiver_was_to_get_is_told() -> None:
+    def send_to_the_dead() -> handles.Transit:
+        with handles.installed():
+            ours, _theirs = multiprocessing.Pipe()
+            pid = start(signal.pause)
+            ours.send(numbers(3))
+            kill(pid)
+            return handles.in_transit()
+
+    assert in_child(send_to_the_dead) == handles.Transit(1, 1)
+
+
 # -- the switch ------------------------------------------------------------------------------------
 
 
@@ -589,7 +673,8 @@ def test_settings_that_are_none(wrong: Any) -> None:
 # -- a program, two lines changed ------------------------------------------------------------------
 
 PROGRAM = """
-from multiprocessing import Pool
+import sys
+from multiprocessing import get_context
 import numpy as np
 
 def brightness(frame):
@@ -599,7 +684,7 @@ if __name__ == "__main__":
     frames = [np.empty((90, 160, 3), "u1") for _ in range(8)]
     for number, frame in enumerate(frames):
         frame[:] = number
-    with Pool(2) as pool:
+    with get_context(sys.argv[1]).Pool(2) as pool:
         print(pool.map(brightness, frames))
 """
 CHANGES = {
@@ -610,17 +695,23 @@ CHANGES = {
 
 
 @pytest.mark.slow
-def test_a_program_with_two_lines_changed() -> None:
+def test_a_program_with_two_lines_changed(tmp_path: Path) -> None:
     changed = PROGRAM
     for old, new in CHANGES.items():
         assert changed.count(old) == 1
         changed = changed.replace(old, new)
     lines = zip(PROGRAM.splitlines(), changed.splitlines(), strict=True)
     assert sum(old != new for old, new in lines) == 2
-    printed = [
-        subprocess.run(
-            [sys.executable, "-c", text], capture_output=True, text=True, timeout=100, check=True
-        ).stdout
-        for text in (PROGRAM, changed)
-    ]
-    assert printed[0] == printed[1] == f"{[float(number) for number in range(8)]}\n"
+    program = tmp_path / "program.py"
+    # A fork server imports the program, which installs there, too.
+    for text, method in ((PROGRAM, "fork"), (changed, "fork"), (changed, "forkserver")):
+        program.write_text(text)
+        done = subprocess.run(
+            [sys.executable, program, method],
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout == f"{[float(number) for number in range(8)]}\n"

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import reduction
+from multiprocessing import current_process, reduction
 from multiprocessing.context import get_spawning_popen
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +116,9 @@ def install(*, access: Access = Access.READ_ONLY, plain: str = "copy") -> None:
     access = Access(access)
     reducers = _reducers()
     before = reducers.get(np.ndarray) if _settings is None else _settings.before
-    transit.ways.to_send()
+    # A child or a fork server that imports the main module does no more until it sends.
+    if not getattr(current_process(), "_inheriting", False):
+        transit.ways.to_send()
     _settings = _Settings(access, plain, before)
     reducers[np.ndarray] = _reduce
     _refuse_plain(plain == "refuse")
@@ -276,7 +278,7 @@ def _keeper_of(received: ReceivedMemoryDescriptor) -> tuple[Keeper, int]:
     (extent,) = received._parts
     key = *extent.object.identity, received.max_access
     keeper = _mapped.get(key)
-    if keeper is not None:
+    if keeper is not None and not keeper.descriptor.closed:
         received.close()
         return keeper, extent.offset
     # All of the object: its other parts may come, too, and who has one can map the rest.

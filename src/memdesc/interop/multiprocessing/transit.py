@@ -31,14 +31,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from memdesc.errors import AccessDeniedError, PeerGoneError, ProtocolError
+from memdesc.errors import (
+    AccessDeniedError,
+    MappingError,
+    MappingReason,
+    PeerGoneError,
+    ProtocolError,
+)
 from memdesc.handover import (
     close_all,
     discard,
     receive_once,
     receive_with_fds,
     send_with_fds,
-    too_many_files,
 )
 from memdesc.services.loop import loop
 from memdesc.vm.forks import lock_for, tell_child
@@ -301,7 +306,12 @@ class Link:
             return came
         discard(came)
         if fds:
-            raise too_many_files(None)
+            raise MappingError(
+                "the process that keeps what is on its way has no file descriptor left: let the "
+                "receivers take it, send arrays of one Slab, or raise `ulimit -n` there",
+                reason=MappingReason.TOO_MANY_FILES,
+                errno=errno.EMFILE,
+            )
         raise PeerGoneError(
             "this array is not kept there: it was unpickled before, its process could not be "
             "started, or the one that keeps it has no file descriptor left (`ulimit -n`)",

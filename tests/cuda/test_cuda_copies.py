@@ -16,6 +16,7 @@ import memdesc as md
 from memdesc import Access, BufferMemoryDescriptor, MultiMemoryDescriptor, SubMemoryDescriptor
 from memdesc.dma import Copy, CudaDevice, PinnedMemory
 from memdesc.dma.cuda import copies
+from memdesc.dma.cuda.driver import Kind
 from memdesc.vm.pages import page_size
 
 PAGES = 8
@@ -326,6 +327,25 @@ def test_closing_under_a_copy_is_refused(
     copies_[-1].wait(10)
     pinned.close()
     assert fake.registrations == {}
+
+
+def test_what_others_copy_is_waited_for_where_it_is_told(
+    fake: FakeDriver, far: int, buffer: BufferMemoryDescriptor
+) -> None:
+    device = CudaDevice(driver=fake)
+    theirs = fake.create_stream()
+    with device.registered(buffer) as pinned:
+        fake.hold()
+        fake.copy(far, pinned.address, NBYTES, Kind.TO_DEVICE, theirs)
+        held_ = pinned.hold_for(theirs)
+        with pytest.raises(md.InvalidArgument) as caught:
+            pinned.close()
+        assert caught.value.errno == errno.EBUSY
+        timer = threading.Timer(0.02, fake.let)
+        timer.start()
+    assert held_.done  # else the fake would have seen it unregistered under the copy
+    assert bytes_of(fake, far) == DATA
+    timer.join()
 
 
 def test_leaving_the_block_waits(

@@ -227,6 +227,29 @@ class PinnedMemory:
         ]
         return self._start(Kind.FROM_DEVICE, spans, nbytes, stream)
 
+    def hold_for(self, stream: int) -> Copy:
+        """Hold the memory until a stream has done all that it was given so far.
+
+        For copies that others make out of it or into it, or kernels that use it, of which this
+        knows nothing: closing is refused until then, and leaving a ``with`` block waits.
+
+        Parameters
+        ----------
+        stream : int
+            Handle of a stream of this device.
+
+        Returns
+        -------
+        Copy
+            Of 0 bytes: over when the stream is done with what it has now.
+
+        Raises
+        ------
+        NotPreparedError, DeviceError, InvalidArgument, ClosedError
+            As `copy_to_device`.
+        """
+        return self._start(Kind.TO_DEVICE, [], 0, _check_stream(stream))
+
     def _spans(self, offset: int, nbytes: int) -> Iterator[Span]:
         """Give (where in the memory, address, bytes) for each part of a range."""
         for part in self._parts:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import gc
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +272,19 @@ def test_no_descriptor_left_for_a_slot_keeps_it() -> None:
     with failing("map_memory", errno.ENOMEM, after=1), pytest.raises(md.MappingError):
         list(loader)
     assert [check(batch) for batch in loader][:1] == [[0, 1]]
+
+
+@pytest.mark.slow
+def test_a_program_that_ends_in_the_middle_says_nothing() -> None:
+    program = """
+import torch
+from memdesc.interop.torch import SharedDataLoader
+loader = SharedDataLoader(torch.arange(1000), 4, num_workers=1, slot_nbytes=64)
+batches = iter(loader)
+held = [next(batches), next(batches)]
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
 def test_what_it_does_not_take() -> None:

@@ -18,10 +18,9 @@ pytest.importorskip("torch", reason="PyTorch is not installed in this environmen
 
 import torch
 from children import finish, start
-from huge_pool import huge_pages
 
 import memdesc as md
-from memdesc import Access, BufferMemoryDescriptor, MultiMemoryDescriptor, PageKind
+from memdesc import Access, BufferMemoryDescriptor, MultiMemoryDescriptor
 from memdesc.interop.torch import tensor
 from memdesc.testing import failing
 from memdesc.vm.pages import page_size
@@ -165,16 +164,14 @@ def test_copy_on_write_of_writable_memory_of_parts_and_of_several() -> None:
         assert tensor(first.array()[100:103], copy_on_write=True).tolist() == [97, 98, 99]
 
 
-def test_huge_pages_are_copied_as_far_as_the_pool_has_any() -> None:
-    with huge_pages(2):
-        size = PageKind.HUGE.page_size
-        with BufferMemoryDescriptor(size, pages=PageKind.HUGE, recycle=False) as buffer:
-            given = tensor(buffer.map(access=Access.READ_ONLY))
-            given[5] = 1
-            assert buffer.read_bytes(5, 1) == b"\0"
-            with failing("map_memory", errno.ENOMEM), pytest.raises(md.MappingError) as caught:
-                tensor(buffer, copy_on_write=True)
-            assert caught.value.errno == errno.ENOMEM
+def test_a_private_mapping_that_can_not_be_had_is_an_error() -> None:
+    """As of huge pages where the pool has none left for copies: mmap answers ENOMEM."""
+    with BufferMemoryDescriptor(page_size) as buffer:
+        mapping = buffer.map(access=Access.READ_ONLY)
+        with failing("map_memory", errno.ENOMEM), pytest.raises(md.MappingError) as caught:
+            tensor(mapping)
+        assert caught.value.errno == errno.ENOMEM
+        assert tensor(mapping).sum() == 0
 
 
 def store_as_torch_does(array: np.ndarray) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
@@ -230,8 +231,8 @@ class Batches:
         return batch.open(self._flow)
 
     def __del__(self) -> None:
-        if not hasattr(self, "_ahead") or self._flow.foreign:
-            return
+        if not hasattr(self, "_ahead") or self._flow.foreign or sys.is_finalizing():
+            return  # torch's own iterator does what it must
         self._ahead = None
         if self._moving is not None:
             self._moving.end()

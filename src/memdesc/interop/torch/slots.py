@@ -14,6 +14,7 @@ import contextlib
 import itertools
 import os
 import socket as sockets
+import sys
 import weakref
 from collections import deque
 from typing import TYPE_CHECKING
@@ -69,7 +70,8 @@ class Slot:
                 buffer.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_buffer", None) is not None:
+        # With the interpreter CUDA ends too, and what it has registered.
+        if getattr(self, "_buffer", None) is not None and not sys.is_finalizing():
             self.close()
 
 
@@ -82,14 +84,14 @@ class SlotPool:
         self.back: deque[Slot] = deque()  # filled by whichever thread lets go of a batch
         self._device = device
         self._free: deque[Slot] = deque()
-        self._places = set(range(count))
+        self._living: weakref.WeakValueDictionary[int, Slot] = weakref.WeakValueDictionary()
         self._generations = itertools.count(1)
         self.fit(nbytes)
 
     @property
     def living(self) -> int:
         """How many slots there are."""
-        return self.count - len(self._places)
+        return len(self._living)
 
     def fit(self, nbytes: int) -> None:
         """Have slots for batches of so many bytes from now on."""
@@ -104,10 +106,11 @@ class SlotPool:
             if slot.nbytes >= self.nbytes:
                 return slot
             self.give_up(slot)
-        if not self.nbytes or not self._places:
+        place = next((n for n in range(self.count) if n not in self._living), None)
+        if not self.nbytes or place is None:
             return None
-        slot = Slot(min(self._places), next(self._generations), self.nbytes, self._device)
-        self._places.remove(slot.place)
+        slot = Slot(place, next(self._generations), self.nbytes, self._device)
+        self._living[place] = slot
         return slot
 
     def put(self, slot: Slot) -> None:
@@ -116,8 +119,8 @@ class SlotPool:
 
     def give_up(self, slot: Slot) -> None:
         """Let a slot's memory go as soon as nobody has it; another may take its place."""
+        self._living.pop(slot.place, None)
         slot.close()
-        self._places.add(slot.place)
 
 
 flows: weakref.WeakValueDictionary[int, Flow] = weakref.WeakValueDictionary()
@@ -188,5 +191,5 @@ class Flow:
             self.theirs.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "theirs"):
+        if hasattr(self, "theirs") and not sys.is_finalizing():
             self.end()

@@ -15,6 +15,7 @@ EXAMPLES = {  # pages, and how many examples each has at least
     "events": 11,
     "multiprocessing": 12,
     "queues": 11,
+    "serving-files": 20,
     "snapshots": 9,
     "streams": 11,
     "zones": 16,

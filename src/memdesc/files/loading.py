@@ -44,7 +44,7 @@ class Loaded:
         Bytes that were read from the files: with headers, packed as they are.
     bounced_bytes : int
         Of them, those that went through the page cache.
-    way : Way or None
+    way : memdesc.dma.Way or None
         The best way that any went; None where all was unpacked.
     reasons : tuple of str
         Why no better way was taken.

@@ -94,6 +94,7 @@ class FakeEvent:
         self.device = device
         self.stream: FakeStream | None = None
         self.happened = True
+        self.destroyed = False
         self.failed = 0
 
 
@@ -168,7 +169,7 @@ class FakeDriver:
 
     @property
     def idle(self) -> bool:
-        return not any(stream.works for stream in self.streams.values())
+        return not any(stream.works for stream in list(self.streams.values()))
 
     # -- the rules -------------------------------------------------------------------------------
 
@@ -226,7 +227,7 @@ class FakeDriver:
             raise self._error("register", INVALID_VALUE)
         if self.strict and "w" not in access and not flags & READ_ONLY:
             raise self._error("register", INVALID_VALUE)
-        for start, known in self.registrations.items():
+        for start, known in list(self.registrations.items()):
             if start < address + nbytes and address < start + known.nbytes:
                 raise self._error("register", ALREADY_REGISTERED)
         self.registrations[address] = Registered(nbytes, flags)
@@ -239,7 +240,7 @@ class FakeDriver:
         if mapped(address, known.nbytes) is None:
             self.violations.append(f"{address:#x} was unmapped before it was unregistered")
         with self.changed:
-            for stream in self.streams.values():
+            for stream in list(self.streams.values()):
                 for work in stream.works:
                     if any(
                         start < address + known.nbytes and address < start + size
@@ -250,7 +251,7 @@ class FakeDriver:
 
     def device_pointer(self, address: int) -> int:
         self._enter("device_pointer")
-        for start, known in self.registrations.items():
+        for start, known in list(self.registrations.items()):
             if start <= address < start + known.nbytes:
                 return address + _AWAY
         raise self._error("device_pointer", INVALID_VALUE)
@@ -276,12 +277,12 @@ class FakeDriver:
         here, there = (source, to) if kind is Kind.TO_DEVICE else (to, source)
         if not self.allows_pageable and not any(
             start <= here and here + nbytes <= start + known.nbytes
-            for start, known in self.registrations.items()
+            for start, known in list(self.registrations.items())
         ):
             raise self._error("copy", INVALID_VALUE)  # none, or more than one
         if not any(
             start <= there and there + nbytes <= start + len(memory)
-            for start, memory in self.allocated.items()
+            for start, memory in list(self.allocated.items())
         ):
             raise self._error("copy", INVALID_VALUE)
         line, code = self._stream(stream), self._breaks
@@ -332,6 +333,8 @@ class FakeDriver:
         known, line = self.events[event], self._stream(stream)
         if known.device != line.device:
             raise self._error("record_event", INVALID_HANDLE)
+        if not known.happened:
+            self.violations.append("an event was recorded for two at a time")
         known.happened, known.failed = False, 0
 
         def run() -> None:
@@ -352,12 +355,14 @@ class FakeDriver:
         with self.changed:
             while not known.happened:
                 self.changed.wait()
+        if known.destroyed:
+            self.violations.append("an event was destroyed while somebody slept for it")
         if known.failed:
             raise self._error("wait_event", known.failed)
 
     def destroy_event(self, event: int) -> None:
         self._enter("destroy_event")
-        del self.events[event]
+        self.events.pop(event).destroyed = True
 
 
 def mapped(address: int, nbytes: int) -> str | None:

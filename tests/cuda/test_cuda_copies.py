@@ -306,6 +306,32 @@ def test_a_loop_that_ended_before_the_copy(
     assert bytes_of(fake, far) == DATA
 
 
+def test_many_threads_copy_wait_and_await(
+    fake: FakeDriver, far: int, buffer: BufferMemoryDescriptor
+) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    devices = [CudaDevice(index, driver=fake) for index in (0, 1)]
+
+    async def awaited(copy: Copy) -> None:
+        await copy
+
+    with devices[0].registered(buffer) as one, devices[1].registered(buffer) as two:
+
+        def use(number: int) -> int:
+            at = number % PAGES * page_size
+            pinned = (one, two)[number % 2]
+            copies_ = [pinned.copy_to_device(far + at, at, page_size) for _ in range(3)]
+            if number % 3 == 0:
+                asyncio.run(awaited(copies_[1]))
+            copies_[-1].wait(30)
+            return sum(copy.done for copy in copies_)
+
+        with ThreadPoolExecutor(8) as pool:
+            assert set(pool.map(use, range(80))) == {3}
+    assert bytes_of(fake, far) == DATA
+
+
 # --- What holds the memory ----------------------------------------------------------------------
 
 

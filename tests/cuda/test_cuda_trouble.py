@@ -7,6 +7,7 @@ import builtins
 import errno
 import gc
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -408,10 +409,9 @@ def every_call(driver: CudaDriver) -> list[Callable[[], object]]:
     ]
 
 
+@pytest.mark.slow
 def test_importing_asks_for_no_gpu() -> None:
     code = "import sys, memdesc.dma, memdesc.dma.cuda; print('cuda' in sys.modules)"
-    import subprocess
-
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )

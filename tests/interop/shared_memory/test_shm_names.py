@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import errno
 import itertools
+import multiprocessing
 import os
 import resource
 import shutil
@@ -228,6 +229,28 @@ def test_children_of_multiprocessing_find_names_until_they_have_ended() -> None:
         "atexit.register(done.set)\n"
     )
     assert (ended.stdout, ended.returncode) == ("b'late'\n", 0), ended.stderr
+
+
+def _open_and_end(name: str) -> None:
+    kept.append(SharedMemory(name))
+    kept.append(SharedMemory(create=True, size=1))
+
+
+kept: list[SharedMemory] = []
+
+
+def test_a_child_of_multiprocessing_that_ends_leaves_nothing(
+    closing: Closing, runtime_dir: Path
+) -> None:
+    block = closing(SharedMemory("frames", create=True, size=3))
+    before = left_in(runtime_dir)
+    child = multiprocessing.get_context("fork").Process(target=_open_and_end, args=("frames",))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    child.close()
+    assert left_in(runtime_dir) == before
+    assert block.size == 3
 
 
 def test_an_array_that_outlives_its_block_answers_for_the_name() -> None:

@@ -124,7 +124,7 @@ def load(
     >>> from memdesc import files
     >>> folder = tempfile.TemporaryDirectory()
     >>> np.save(folder.name + "/weights.npy", np.arange(6.0).reshape(2, 3))
-    >>> files.load(folder.name + "/weights.npy").arrays()["weights"].sum()
+    >>> float(files.load(folder.name + "/weights.npy").arrays()["weights"].sum())
     15.0
     >>> folder.cleanup()
     """

@@ -404,3 +404,9 @@ def test_the_threads_own_device_stays_current(
             device.registered(buffer)
         assert fake.get_device() == 0
     assert "set_device 1" in fake.calls
+    fake.fail("set_device", 101)
+    with pytest.raises(md.DeviceError) as caught:
+        device.registered(buffer)
+    assert caught.value.errno == errno.ENODEV
+    assert fake.get_device() == 0
+    assert held(buffer) == (0, 0)

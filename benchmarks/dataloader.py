@@ -11,17 +11,18 @@ copy into a batch of 64 (38 MB), two workers, and a program that touches every p
 
 Rounds of all of them alternate. What holds: every sample arrives, with its bytes; and where there
 is a GPU, so that the transfer is what bounds it, at least 1.2 times as many samples a second as
-with `pin_memory=True`, in less memory. Without one that can not be measured. The memory is the
-proportional set size of all processes together, less what it was before, in the middle of an epoch
-when the program computes and the workers have fetched ahead what they may; with a GPU, whose driver
-pins memory that is in no such list, what the machine has less. Faults are page faults of all of
-them.
+with `pin_memory=True`, in less memory. Without one that can not be measured. The memory is
+that of all processes together, less what it was before, in the middle of an epoch when the program
+computes and the workers have fetched ahead what they may; with a GPU, whose driver pins memory that
+no process's list shows, what the machine has less. Faults are page faults of all of them.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
+import os
 import resource
 import sys
 import time
@@ -44,6 +45,8 @@ from memdesc.interop.torch import SharedDataLoader
 SHAPE = (3, 224, 224)
 BATCH = 64
 WORKERS = 2
+MIB = 1 << 20
+SHARED = ("/dev/shm/", "/memfd:")
 
 
 class Samples(Dataset):
@@ -61,14 +64,27 @@ class Samples(Dataset):
         return self.bank[index % len(self.bank)], index
 
 
-def pss(pids: list[str]) -> float:
-    """MiB that processes have together, what they share counted once."""
-    total = 0
+def memory_of(pids: list[str]) -> float:
+    """MiB that processes have together: their own, and all shared memory once.
+
+    Shared memory on its way through a queue is open somewhere, and mapped nowhere.
+    """
+    own, shared = 0, {}
     for pid in pids:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                total += int(line.split()[1])
-    return total / 1024
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        own += int(rollup.partition("Pss_Anon:")[2].split()[0]) << 10
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            bounds, _, _, _, inode, *name = line.split(maxsplit=5)
+            if name and name[0].startswith(SHARED):
+                start, end = (int(bound, 16) for bound in bounds.split("-"))
+                shared.setdefault(int(inode), end - start)
+        for entry in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
+                path = f"/proc/{pid}/fd/{entry}"
+                if os.readlink(path).startswith(SHARED):
+                    status = os.stat(path)
+                    shared[status.st_ino] = status.st_blocks * 512
+    return (own + sum(shared.values())) / MIB
 
 
 def everybody() -> list[str]:
@@ -121,20 +137,18 @@ def available() -> float:
 
 def memory(loader: Any, gpu: bool) -> dict[str, float]:
     """MiB in the middle of an epoch, less what there was before, while the program computes."""
-    before, left = pss(["self"]), available()
+    before, left = memory_of(["self"]), available()
     batches = used(loader, gpu)
     for _ in range(len(loader) // 2):
         images, _numbers = next(batches)
-    found = pss(everybody())
-    for _ in range(50):  # until the workers have fetched what they may
-        time.sleep(0.2)
-        last, found = found, pss(everybody())
-        if abs(found - last) < 1:
-            break
+    found = memory_of(everybody())
+    for _ in range(10):  # until the workers have fetched what they may
+        time.sleep(0.3)
+        found = max(found, memory_of(everybody()))
     taken = left - available()
     del images, _numbers, batches
     gc.collect()
-    return {"pss": found - before, "taken": taken}
+    return {"processes": found - before, "taken": taken}
 
 
 def loaders(samples: Samples, gpu: bool) -> dict[str, Any]:
@@ -193,7 +207,7 @@ def main() -> None:
         ratio = "".join(f", {row[key]:.2f} {key}" for key in row if key.startswith("of "))
         print(
             f"{way:24} {row['samples']['median']:8.0f} samples/s, {row['faults']:7.0f} faults a "
-            f"batch, {row['memory']['pss']:6.0f} MiB{ratio}"
+            f"batch, {row['memory']['processes']:6.0f} MiB{ratio}"
         )
     outstanding = 2 * WORKERS
     checks = {"every sample arrived, with its bytes": True}

@@ -24,6 +24,18 @@ from memdesc.services import protocol
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine may keep a service from answering for a while; forked commands inherit it."""
+    monkeypatch.setattr(looking, "PATIENCE", 30.0)
+
+
+@pytest.fixture
+def less_patience(patience: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where somebody never answers."""
+    monkeypatch.setattr(looking, "PATIENCE", 2.0)
+
+
 @contextmanager
 def camera_with_client(name: str = "camera") -> Iterator[tuple[md.Service, dict[str, Any], int]]:
     """A service of this process with a client that uses all of it; its buffers by name."""
@@ -143,6 +155,7 @@ def test_the_dead_are_told_apart_and_stay(runtime_dir: Path) -> None:
     dead.unlink()
 
 
+@pytest.mark.usefixtures("less_patience")
 def test_hostile_services_cost_nobody_else_anything(runtime_dir: Path) -> None:
     with (
         strange(runtime_dir / "silent", None),
@@ -223,6 +236,7 @@ def test_a_thousand_shares() -> None:
     ]
 
 
+@pytest.mark.usefixtures("less_patience")
 def test_a_stopped_service_is_told_with_its_pid() -> None:
     with Puppet() as one:
         one.do("s = md.Service('stopped')")

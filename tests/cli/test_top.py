@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import termios
-import time
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,16 @@ from cli_runs import MEMDESC, Terminal, as_json, check_plain, environment, memde
 from puppets import Puppet, wait_until
 
 import memdesc as md
+from memdesc.cli import looking
+from memdesc.cli.top import Looks
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine may keep a service from answering for a while; forked commands inherit it."""
+    monkeypatch.setattr(looking, "PATIENCE", 30.0)
 
 
 def test_what_moves() -> None:
@@ -56,22 +63,33 @@ def test_what_moves() -> None:
 
 
 def test_what_goes_through_queues_and_streams() -> None:
-    with md.Service("camera") as service:
+    with md.Service("camera") as service, Looks() as looks:
         stream, samples = service.stream("video", nbytes=100), service.queue("samples")
         with md.connect("camera") as client, client.queue("samples") as queue:
-            command = [*MEMDESC, "top", "--once", "--json", "--interval", "0.5"]
-            with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE) as process:
-                while process.poll() is None:
-                    samples.put(b"entry")
-                    stream.publish(b"slot")
-                    queue.dequeue(timeout=20)
-                    time.sleep(0.01)
-                assert process.stdout is not None
-                (one,) = json.loads(process.stdout.read())["services"]
-    assert one["entries_per_second"] > 0
-    assert one["slots_per_second"] > 0
-    assert one["bytes_per_second"] > 0
+            (first,) = looks.look()["services"]
+            for _ in range(10):
+                samples.put(b"entry")
+                stream.publish(b"slot")
+                queue.dequeue(timeout=20)
+            (one,) = looks.look()["services"]
+        wait_until(lambda: not service.clients())
+        (after,) = looks.look()["services"]
+    assert first["entries_per_second"] is None  # of one look there is none yet
+    assert one["entries_per_second"] == one["slots_per_second"] > 0
+    assert one["bytes_per_second"] == pytest.approx(9 * one["slots_per_second"])
     assert one["calls_per_second"] == 0
+    assert after["entries_per_second"] == 0  # what ended took its counts along
+
+
+def test_a_service_that_was_superseded_is_asked_no_more() -> None:
+    with md.Service("camera") as first, Looks() as looks:
+        looks.look()
+        with Puppet() as one:
+            one.do("s = md.Service('camera', take_over=True)")
+            assert first.superseded
+            seen = []
+            wait_until(lambda: seen.append(looks.look()["services"][0]["pid"]) or one.pid in seen)
+            one.do("s.close()")
 
 
 def test_a_service_that_ends_and_one_that_stops() -> None:

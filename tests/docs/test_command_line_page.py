@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from puppets import wait_until
 
-from memdesc.cli import ls, map as maps
+from memdesc.cli import looking, ls, map as maps
 from memdesc.cli.ls_screen import LsScreen
 from memdesc.cli.top import Looks
 
@@ -48,7 +48,10 @@ def kinds(buffers: list[dict[str, Any]]) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.leaves("socket", reason="the camera is killed")
-def test_what_the_page_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_page_shows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(looking, "PATIENCE", 30.0)  # of a busy machine
     assert set(PROGRAMS) == {"camera", "viewer"}
     with programs(tmp_path) as camera, Looks() as looks:
         wait_until(lambda: kinds(_camera()["buffers"]).count("subscriber") == 2, 60)

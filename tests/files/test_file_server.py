@@ -76,7 +76,12 @@ def test_the_arrays_are_served_read_only(tmp_path: Path) -> None:
             arrays["missing"]
         assert "missing" not in arrays
         assert arrays.get("missing") is None
-        assert server.service.opens == 7
+        before = server.service.opens, server.service.opened_bytes
+        connection["a"]
+        assert (server.service.opens, server.service.opened_bytes) == (
+            before[0] + 1,
+            before[1] + arrays["a"].nbytes,
+        )
     assert (arrays["a"] == 7).all()  # after connection and server have ended
     with pytest.raises(md.ClosedError):
         server.reload()

@@ -42,6 +42,17 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.parametrize("name", ["x" * 1024, "é" * 200, "a\0b"], ids=["long", "wide", "NUL"])
+def test_names_that_no_memfd_can_have(service: md.Service, name: str) -> None:
+    stream = service.stream(name, nbytes=64)
+    with md.connect("camera") as connection, connection.subscribe(name) as video:
+        stream.publish(b"it")
+        with video.take(LIMIT) as slot:
+            assert bytes(slot) == b"it"
+    assert stream.name == name
+    assert name[0] in stream.memory.name  # as much of it as the maps file can show
+
+
 def test_a_client_subscribes_by_name(service: md.Service) -> None:
     with md.connect("camera") as connection:
         with pytest.raises(md.ShareNotFoundError):

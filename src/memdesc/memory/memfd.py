@@ -421,6 +421,12 @@ def check_name(name: str) -> str:
     return name
 
 
+def fitting_name(name: str, ending: str = "") -> str:
+    """Give as much of a name as a memfd can carry, with an ending: others may be longer."""
+    whole = os.fsencode(name.replace("\0", "?"))
+    return whole[: 249 - len(ending)].decode(errors="ignore") + ending
+
+
 def _create(name: str, size: int, pages: PageKind) -> int:
     """A memfd of that size that can neither grow nor shrink, through a re-open of its own."""
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING

@@ -17,6 +17,7 @@ from memdesc.errors import (
     ShareNotFoundError,
 )
 from memdesc.handover import close_all, discard, pack, unpack
+from memdesc.memory.memfd import fitting_name
 from memdesc.memory.page_kinds import PageKind
 from memdesc.queues import notification_pair
 from memdesc.services import protocol
@@ -101,6 +102,7 @@ class Streaming(Accepting):
             policies=policies,
             wired=wired,
             pages=pages,
+            name=fitting_name(name),
         )
         stream.name = name
         try:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from memdesc import _core
 from memdesc.descriptors.buffer import BufferMemoryDescriptor
+from memdesc.memory.memfd import fitting_name
 from memdesc.memory.page_kinds import PageKind
 from memdesc.queues.notify import own_socket
 from memdesc.vm.pages import Access
@@ -135,7 +136,7 @@ class Subscriber:
             max_access=Access.READ_WRITE,
             pages=PageKind.BASE,
             recycle=False,
-            name=f"{stream.name}-line",
+            name=fitting_name(stream.name, "-line"),
         )
         self.peer = peer
         self.left = False

@@ -574,16 +574,22 @@ def test_a_false_holder_is_seen_through(
     assert count_fds() == fds
 
 
-def test_what_a_killed_receiver_was_to_get_is_told() -> None:
-    def send_to_the_dead() -> handles.Transit:
-        with handles.installed():
-            ours, _theirs = multiprocessing.Pipe()
-            pid = start(signal.pause)
-            ours.send(numbers(3))
-            kill(pid)
-            return handles.in_transit()
-
-    assert in_child(send_to_the_dead) == handles.Transit(1, 1)
+def test_what_a_killed_receiver_was_to_get_is_told_and_can_be_forgotten(installed: None) -> None:
+    """A queue that is dropped full is the same."""
+    ours, theirs = multiprocessing.Pipe()
+    with ours, theirs:
+        pid = start(signal.pause)
+        array = numbers(3)
+        ours.send([array, array[1:], numbers(2)])
+        kill(pid)
+        assert handles.in_transit() == handles.Transit(3, 2)
+        fds = count_fds()
+        assert handles.forget_in_transit() == handles.Transit(3, 2)
+        assert handles.in_transit() == handles.forget_in_transit() == handles.Transit(0, 0)
+        assert count_fds() == fds - 2
+        with pytest.raises(handles.ArrayLostError) as lost:
+            theirs.recv()
+        assert lost.value.errno == errno.ENOENT
 
 
 # -- the switch ------------------------------------------------------------------------------------

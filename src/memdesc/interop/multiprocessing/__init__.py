@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ArrayLostError",
     "Transit",
+    "forget_in_transit",
     "in_transit",
     "install",
     "installed",
@@ -196,10 +197,20 @@ def in_transit() -> Transit:
     """Tell what this process keeps for receivers: what is on its way, and what none will take.
 
     A handle that is never unpickled (a killed worker's, a dropped queue's) keeps its memory, and
-    one file descriptor, until this process ends.
+    one file descriptor, until `forget_in_transit` or the end of this process.
     """
     holder = transit.ways.holder
     return Transit(0, 0) if holder is None else Transit(*holder.counts())
+
+
+def forget_in_transit() -> Transit:
+    """Close all that this process keeps for receivers; give what that was.
+
+    For a program that knows that nobody will come for it: its workers were killed, and their queues
+    made anew. Whoever comes all the same gets `ArrayLostError` (ENOENT).
+    """
+    holder = transit.ways.holder
+    return Transit(0, 0) if holder is None else Transit(*holder.forget_all())
 
 
 # -- sending ---------------------------------------------------------------------------------------

@@ -144,6 +144,13 @@ class Holder:
         close_all(fds)
         self._end_if_idle()
 
+    def forget_all(self) -> tuple[int, int]:
+        """Close all that was not taken: (tokens, objects)."""
+        with self._lock:
+            counts = self.counts()
+            self._forget(list(self._tokens))
+        return counts
+
     def _drop(self, token: bytes, kept: _Kept) -> None:
         del self._tokens[token]
         kept.tokens.discard(token)

@@ -31,6 +31,11 @@ def both() -> Iterator[Both]:
     connection.task.close()  # pytest keeps the fixture's value a little longer
 
 
+def queues_mapped() -> int:
+    """Regions of memory of the queues that these tests make."""
+    return memfds_mapped("self", "samples") + memfds_mapped("self", "commands")
+
+
 def refusal(call: Callable[[], object]) -> tuple[str, int | None]:
     with pytest.raises(md.MemdescError) as caught:
         call()
@@ -206,7 +211,7 @@ def test_what_the_gone_left_is_bounded() -> None:
             kept = min(number + 1, 2)
             wait_until(lambda: [o.client for o in commands._orphans][kept - 1 :] == [client])  # noqa: B023
         assert [entry for _, entry in commands.get_many(timeout=SOON)] == [b"3", b"4"]
-        wait_until(lambda: memfds_mapped("self", "queue") == 0)
+        wait_until(lambda: queues_mapped() == 0)
         for _ in range(2):
             with md.connect("gauge") as one:
                 one.queue("commands").enqueue(b"never taken")
@@ -214,7 +219,7 @@ def test_what_the_gone_left_is_bounded() -> None:
             wait_until(lambda: commands._orphans[-1:] and commands._orphans[-1].client is client)  # noqa: B023
         assert len(commands._orphans) == 2
     gc.collect()
-    wait_until(lambda: memfds_mapped("self", "queue") == 0)
+    wait_until(lambda: queues_mapped() == 0)
 
 
 # --- Waiting ------------------------------------------------------------------------------------
@@ -398,7 +403,7 @@ def test_no_thread_for_it(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(threading.Thread, "start", none_left)
         consumer.close()
         assert samples.put(b"") == 0  # and freed on this very thread
-    wait_until(lambda: memfds_mapped("self", "queue") == 0)
+    wait_until(lambda: queues_mapped() == 0)
 
 
 def test_an_answer_that_comes_too_late_leaves_nothing(both: Both) -> None:
@@ -492,7 +497,7 @@ def test_a_killed_client_and_a_stopped_one(both: Both) -> None:
     mine = connection.queue("samples")
     with Puppet() as one:
         service._errands.finish()
-        before = count_fds(), memfds_mapped("self", "queue")
+        before = count_fds(), queues_mapped()
         one.do("c = md.connect('gauge')")
         one.do("samples, commands = c.queue('samples'), c.queue('commands')")
         one.do("commands.enqueue(b'here')")
@@ -519,7 +524,7 @@ def test_a_killed_client_and_a_stopped_one(both: Both) -> None:
         assert mine.dequeue(SOON) == b"on"
         client.task.close()
         del client, entry
-        wait_until(lambda: (count_fds(), memfds_mapped("self", "queue")) == before)
+        wait_until(lambda: (count_fds(), queues_mapped()) == before)
 
 
 @pytest.mark.slow

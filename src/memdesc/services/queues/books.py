@@ -26,6 +26,7 @@ from memdesc.errors import (
     WiringError,
 )
 from memdesc.handover import close_all, pack
+from memdesc.memory.memfd import fitting_name
 from memdesc.queues import Consumer, Producer, create_data_queue
 from memdesc.queues.layout import CONTROL, memory_for
 from memdesc.queues.waiting import deadline_of
@@ -212,7 +213,9 @@ class ClientQueues(Generic[_End]):
 
     def _allocate(self, client: Accepted) -> BufferMemoryDescriptor:
         try:
-            memory = create_data_queue(self.capacity, wired=self.wired)
+            memory = create_data_queue(
+                self.capacity, wired=self.wired, name=fitting_name(self.name)
+            )
         except WiringError as error:  # the client is told of its own wirings only
             log.warning("service.queue_not_wired", extra={"queue": self.name, "why": str(error)})
             raise AllocationError(

@@ -280,6 +280,10 @@ class FakeDriver:
             for start, known in list(self.registrations.items())
         ):
             raise self._error("copy", INVALID_VALUE)  # none, or more than one
+        for start, known in list(self.registrations.items()):
+            within = start <= here < start + known.nbytes
+            if within and known.flags & READ_ONLY and kind is Kind.FROM_DEVICE:
+                self.violations.append("a copy into pages that the device may only read")
         if not any(
             start <= there and there + nbytes <= start + len(memory)
             for start, memory in list(self.allocated.items())

@@ -153,6 +153,21 @@ def test_read_only_memory_is_not_written(
         pinned.copy_from_device(far, 0, 10).wait(10)
 
 
+def test_a_read_only_view_spoils_no_pages_for_others(
+    fake: FakeDriver, far: int, buffer: BufferMemoryDescriptor
+) -> None:
+    """Pages are registered as they are mapped, not as who asks first sees them."""
+    device = CudaDevice(driver=fake)
+    seen = md.MemoryDescriptor.with_buffer(memoryview(buffer).toreadonly(), md.Direction.OUT)
+    with device.registered(seen) as reads, device.registered(buffer) as writes:
+        assert (reads.access, writes.access) == (Access.READ_ONLY, Access.READ_WRITE)
+        assert len(fake.registrations) == 1
+        writes.copy_from_device(far).wait(10)
+        with pytest.raises(md.SealedError):
+            reads.copy_from_device(far)
+    assert buffer.read_bytes() == bytes(NBYTES)
+
+
 @pytest.mark.parametrize(
     ("pointer", "offset", "nbytes", "error"),
     [

@@ -114,11 +114,11 @@ class Copy:
         self._watched = False
         self._over = False
         self._failure: tuple[str, int | None, int, str] | None = None
-        self.seen = False  # whether somebody asked how it ended
+        self._seen = False  # whether somebody asked how it ended
 
     # -- its way ---------------------------------------------------------------------------------
 
-    def begin(self, spans: Sequence[Span]) -> None:
+    def _begin(self, spans: Sequence[Span]) -> None:
         """Give it to the stream. Where that fails, nothing of it is under way any more."""
         stream = self._stream.handle if isinstance(self._stream, Handle) else self._stream
         try:
@@ -181,7 +181,7 @@ class Copy:
             self._events.append(event)
 
     def _result(self) -> None:
-        self.seen = True
+        self._seen = True
         if self._failure is not None:
             message, number, code, name = self._failure
             raise DeviceError(message, errno=number, code=code, name=name)

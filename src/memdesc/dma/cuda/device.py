@@ -31,6 +31,8 @@ from memdesc.errors import (
 from memdesc.mapping import LocalMemoryMap
 from memdesc.vm.forks import lock_for
 from memdesc.vm.pages import Access, check_integer
+from memdesc.vm.regions import regions_in
+from memdesc.vm.task import Task
 
 _NONE = {
     NO_DEVICE: "this machine, or this container, has no GPU that CUDA could use",
@@ -186,7 +188,7 @@ class CudaDevice:
             raise UnsupportedError(
                 f"{self.name} can not register memory of a process", errno=errno.EOPNOTSUPP
             )
-        if not piece.view.readonly:
+        if _maps_writable(piece):
             return 0
         if self.attribute(Attribute.READ_ONLY_REGISTER):
             return READ_ONLY
@@ -212,6 +214,17 @@ class CudaDevice:
 
     def __repr__(self) -> str:
         return f"<CudaDevice {self.index}: {self.name}>"
+
+
+def _maps_writable(piece: Piece) -> bool:
+    """Whether the pages themselves are writable here, whatever this view of them is.
+
+    So one page is always registered the same way, whoever asks for it first.
+    """
+    return not piece.view.readonly or all(
+        "w" in region.permissions
+        for region in regions_in(Task.current(), piece.address, piece.nbytes)
+    )
 
 
 def _count(driver: Driver) -> int:

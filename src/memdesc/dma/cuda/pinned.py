@@ -262,7 +262,7 @@ class PinnedMemory:
         line: Handle | int = self.device._own_stream() if stream is None else _check_stream(stream)
         with self._lock:  # close() sees it, or it sees that
             copy = Copy(self.device, self._check_registered(), line, kind, nbytes)
-            copy.begin(spans)
+            copy._begin(spans)
         return copy
 
     @property
@@ -329,7 +329,7 @@ class PinnedMemory:
         while copies := under_way(claim):  # interrupted, these hold the claim until they are over
             for copy in copies:
                 copy._wait(None)
-                if copy.failed and not copy.seen:
+                if copy.failed and not copy._seen:
                     failed = failed or copy
         books.end(claim, target)
         if failed is not None and kind is None:

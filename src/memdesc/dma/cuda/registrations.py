@@ -10,6 +10,7 @@ more, without any undoing.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -130,7 +131,7 @@ class Registrations:
             with new.place.current() as driver:
                 driver.register(new.address, new.nbytes, new.flags)
         except DeviceError:
-            self._all.remove(new)
+            self._forget(new)
             raise
         new.certain = True
 
@@ -205,8 +206,12 @@ class Registrations:
                 if not gone:
                     known.stuck = True
                     continue
-            self._all.remove(known)
+            self._forget(known)
         return failure
+
+    def _forget(self, known: Registration) -> None:
+        with contextlib.suppress(ValueError):  # a signal handler was here meanwhile
+            self._all.remove(known)
 
     def _inherit(self) -> None:
         """In a fork child: they are the parent's, and nothing is unregistered."""

@@ -135,14 +135,14 @@ def available() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 1024
 
 
-def memory(loader: Any, gpu: bool) -> dict[str, float]:
+def memory(loader: Any, gpu: bool, looks: int) -> dict[str, float]:
     """MiB in the middle of an epoch, less what there was before, while the program computes."""
     before, left = memory_of(["self"]), available()
     batches = used(loader, gpu)
     for _ in range(len(loader) // 2):
         images, _numbers = next(batches)
     found = memory_of(everybody())
-    for _ in range(10):  # until the workers have fetched what they may
+    for _ in range(looks):  # until the workers have fetched what they may
         time.sleep(0.3)
         found = max(found, memory_of(everybody()))
     taken = left - available()
@@ -164,7 +164,7 @@ def loaders(samples: Samples, gpu: bool) -> dict[str, Any]:
     return found
 
 
-def measure(samples: Samples, rounds: int, gpu: bool) -> dict[str, Any]:
+def measure(samples: Samples, rounds: int, gpu: bool, looks: int) -> dict[str, Any]:
     rows: dict[str, list[dict[str, float]]] = {}
     ways = loaders(samples, gpu)
     for _ in range(rounds):
@@ -185,7 +185,7 @@ def measure(samples: Samples, rounds: int, gpu: bool) -> dict[str, Any]:
     del loader
     gc.collect()
     for way in rows:
-        results[way]["memory"] = memory(loaders(samples, gpu)[way], gpu)
+        results[way]["memory"] = memory(loaders(samples, gpu)[way], gpu, looks)
     for ours, theirs in (("memdesc", "torch"), ("memdesc, on the device", "torch, pinned")):
         if ours in rows:
             pairs = zip(rows[ours], rows[theirs], strict=True)
@@ -201,8 +201,8 @@ def main() -> None:
     arguments, _ = parser.parse_known_args()
     gpu = torch.cuda.is_available()
     samples = Samples(*((8 * BATCH, 32) if arguments.short else (60 * BATCH, SHAPE[1])))
-    rounds = 1 if arguments.short else arguments.rounds
-    results = measure(samples, rounds, gpu)
+    rounds, looks = (1, 1) if arguments.short else (arguments.rounds, 10)
+    results = measure(samples, rounds, gpu, looks)
     for way, row in results.items():
         ratio = "".join(f", {row[key]:.2f} {key}" for key in row if key.startswith("of "))
         print(

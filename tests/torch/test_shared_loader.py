@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 pytest.importorskip("torch", reason="PyTorch is not installed in this environment")
 
 import torch
+from children import in_child
 from torch.utils.data import DataLoader, TensorDataset
 from torch_tools import Deadly, Failing, Images, Numbers, Sized, check
 
@@ -272,6 +274,28 @@ def test_no_descriptor_left_for_a_slot_keeps_it() -> None:
     with failing("map_memory", errno.ENOMEM, after=1), pytest.raises(md.MappingError):
         list(loader)
     assert [check(batch) for batch in loader][:1] == [[0, 1]]
+
+
+def names_of(batches: list[dict[str, Any]]) -> set[str]:
+    return {slot_of(batch["image"]) for batch in batches}
+
+
+def test_a_fork_child_and_a_copy_have_slots_of_their_own() -> None:
+    loader = SharedDataLoader(Images(4), 2, slot_nbytes=1 << 16)
+    ours = names_of(list(loader))
+    assert len(ours) == 2
+
+    def in_the_child() -> set[str]:
+        batches = list(loader)
+        assert [check(batch) for batch in batches] == [[0, 1], [2, 3]]
+        return names_of(batches)
+
+    theirs = in_child(in_the_child)
+    assert len(theirs) == 2
+    assert not ours & theirs
+    copy = pickle.loads(pickle.dumps(loader))
+    assert [check(batch) for batch in copy] == [[0, 1], [2, 3]]
+    assert loader.statistics().slots == copy.statistics().slots == 2
 
 
 @pytest.mark.slow

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+torch.set_num_threads(1)  # tests run beside others
+
 
 class Images(Dataset):
     """Samples that tell their number in every element, in the structures that programs use."""

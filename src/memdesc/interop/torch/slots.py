@@ -76,17 +76,25 @@ class Slot:
 
 
 class SlotPool:
-    """Up to `count` slots, made when a batch's size is known."""
+    """Up to `count` slots of one process, made when a batch's size is known."""
 
     def __init__(self, count: int, nbytes: int, device: CudaDevice | None) -> None:
         self.count = count
         self.nbytes = 0
-        self.back: deque[Slot] = deque()  # filled by whichever thread lets go of a batch
         self._device = device
+        self._generations = itertools.count(1)
+        self._begin()
+        self.fit(nbytes)
+
+    def _begin(self) -> None:
+        """Have no slots."""
+        self._pid = os.getpid()
+        self.back: deque[Slot] = deque()  # filled by whichever thread lets go of a batch
         self._free: deque[Slot] = deque()
         self._living: weakref.WeakValueDictionary[int, Slot] = weakref.WeakValueDictionary()
-        self._generations = itertools.count(1)
-        self.fit(nbytes)
+
+    def __reduce__(self) -> tuple[type[SlotPool], tuple[int, int, CudaDevice | None]]:
+        return SlotPool, (self.count, self.nbytes, self._device)
 
     @property
     def living(self) -> int:
@@ -99,6 +107,8 @@ class SlotPool:
 
     def take(self) -> Slot | None:
         """Give a free slot that is large enough; None where there is none."""
+        if os.getpid() != self._pid:
+            self._begin()  # those that were inherited are the parent's: it fills them
         while self.back:
             self._free.append(self.back.popleft())
         while self._free:

@@ -136,7 +136,7 @@ def test_quiet_says_nothing_but_errors(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
         with md.connect("model", timeout=PATIENCE) as connection:
-            assert connection["weights"].tolist() == [1, 1, 1]
+            kept = connection["weights"]
         path.write_bytes(b"rubbish")
         process.send_signal(signal.SIGHUP)
         line = process.stderr.readline().decode()
@@ -145,6 +145,9 @@ def test_quiet_says_nothing_but_errors(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         out, told = process.communicate(timeout=PATIENCE)
     assert (process.returncode, out, told) == (130, b"", b"")
+    assert kept.tolist() == [1, 1, 1]
+    with pytest.raises(md.ServiceNotFoundError):
+        md.connect("model", timeout=0)
 
 
 class Enough(Exception):

@@ -287,6 +287,7 @@ def test_wired(open_folder: Path) -> None:
     assert (found.arrays()["a"] == counting(128 << 10)).all()
 
 
+@pytest.mark.alone
 def test_huge_pages(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.npy", counting(3 * MIB))
     with huge_pages(2), files.FileServer("model", path, pages=md.PageKind.HUGE) as server:

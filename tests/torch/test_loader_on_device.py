@@ -22,7 +22,7 @@ from torch_tools import Failing, Images, check
 
 import memdesc as md
 from memdesc.dma.cuda import CudaDevice
-from memdesc.interop.torch import SharedDataLoader
+from memdesc.interop.torch import SharedDataLoader, tensor
 from memdesc.interop.torch.moving import MOST_IN_FLIGHT
 
 sys.path.append(str(Path(__file__).parents[1] / "cuda"))
@@ -150,3 +150,22 @@ def test_slots_that_became_too_small_are_unregistered(driver: FakeDriver) -> Non
     assert {entry.nbytes for entry in driver.registrations.values()} == {told.slot_nbytes}
     del loader
     gc.collect()
+
+
+@pytest.mark.slow
+@pytest.mark.leaves("fd", "mapping", "thread", reason="CUDA keeps what it opened")
+def test_on_a_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("PyTorch finds no GPU here")
+    device = CudaDevice(0)
+    loader = SharedDataLoader(Images(200), 4, num_workers=2, device=device, slot_nbytes=1 << 16)
+    numbers = []
+    for batch in loader:
+        assert batch["image"].is_cuda
+        assert batch["pair"][0].is_cuda
+        numbers += check(batch)
+    assert numbers == list(range(200))
+    assert loader.statistics().left_out == 0
+    with md.BufferMemoryDescriptor(1 << 20) as buffer, device.registered(buffer):
+        assert tensor(buffer).is_pinned()
+        assert int(tensor(buffer).to("cuda", non_blocking=True).sum()) == 0

@@ -30,7 +30,7 @@ from memdesc import (
     RangeError,
     UnsupportedError,
 )
-from memdesc.interop.shared_memory import SharedMemory, folder
+from memdesc.interop.shared_memory import SharedMemory, folder, names
 
 Closing = Callable[[Any], Any]
 
@@ -149,6 +149,116 @@ def test_the_maker_holds_it_until_another_process_unlinked_it(closing: Closing) 
     assert memfds_of("self", "frames") == 0
 
 
+def blocks_of(name: str) -> list[int]:
+    """The bytes of a block that each descriptor of this process to it shows."""
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            if os.readlink(f"/proc/self/fd/{fd}").startswith(f"/memfd:{name}."):
+                found.append(os.stat(f"/proc/self/fd/{fd}").st_blocks * 512)
+    return found
+
+
+@pytest.mark.parametrize("first", ["close", "unlink"])
+@pytest.mark.parametrize("leaving", [1, 3])
+def test_the_last_user_frees_the_pages_also_where_the_maker_sleeps(
+    closing: Closing, first: str, leaving: int
+) -> None:
+    block = SharedMemory("frames", create=True, size=100_000)
+    block.close()
+    assert blocks_of("frames")[0] >= 100_000, "who comes is to find it"
+
+    def use() -> None:
+        others = [SharedMemory("frames") for _ in range(leaving)]
+        if first == "unlink":
+            others[0].unlink()
+        for other in others:
+            other.close()
+        if first == "close":
+            others[0].unlink()
+
+    assert finish(start(use)) == 0
+    assert blocks_of("frames") == [0]
+    closing(SharedMemory(create=True, size=1))
+    assert blocks_of("frames") == []
+
+
+def test_pages_that_someone_uses_untold_are_not_freed() -> None:
+    block = SharedMemory("frames", create=True, size=100_000)
+    block.buf[:4] = b"here"
+    descriptor = block.as_descriptor()  # as a service has it, or who got it over a socket
+    block.close()
+
+    def use() -> None:
+        other = SharedMemory("frames")
+        other.unlink()
+        other.close()
+
+    assert finish(start(use)) == 0
+    assert min(blocks_of("frames")) >= 100_000
+    assert descriptor.read_bytes(0, 4) == b"here"
+    descriptor.close()
+    block.close()
+    assert blocks_of("frames") == []
+
+
+def test_pages_that_a_fork_child_uses_are_not_freed(closing: Closing) -> None:
+    block = SharedMemory("frames", create=True, size=100_000)
+    block.buf[:4] = b"here"
+    (ready, told), (end, stop) = os.pipe(), os.pipe()
+
+    def look() -> None:
+        os.close(stop)
+        other = SharedMemory("frames")
+        view = other.buf[:4]
+
+        def hold(view: memoryview) -> None:
+            other.close()
+            os.write(told, b"r")
+            os.read(end, 1)
+            assert bytes(view) == b"here"
+
+        pid = start(hold, view)
+        other.unlink()
+        view.release()
+        other.close()
+        os.write(told, b"r")
+        assert finish(pid) == 0
+
+    block.close()
+    pid = start(look)
+    for _ in range(2):
+        assert os.read(ready, 1) == b"r"
+    assert blocks_of("frames")[0] >= 100_000
+    os.close(stop)
+    assert finish(pid) == 0
+    block.close()
+    assert blocks_of("frames") == []
+    for fd in (ready, told, end):
+        os.close(fd)
+
+
+def test_without_leases_the_maker_frees_them_at_its_next_call(
+    monkeypatch: pytest.MonkeyPatch, closing: Closing
+) -> None:
+    block = SharedMemory("frames", create=True, size=100_000)
+    block.close()
+
+    def use() -> None:
+        def refuse(_: int) -> bool:
+            raise PermissionError(errno.EACCES, "no leases")
+
+        monkeypatch.setattr(names, "held_by_others", refuse)
+        other = SharedMemory("frames")
+        other.unlink()
+        other.close()
+
+    assert finish(start(use)) == 0
+    assert blocks_of("frames")[0] >= 100_000
+    block.close()
+    assert blocks_of("frames") == []
+
+
 def test_the_maker_lets_go_when_it_unlinks_what_it_closed() -> None:
     block = SharedMemory("frames", create=True, size=100)
     block.close()
@@ -198,7 +308,7 @@ def test_a_fork_child_answers_for_what_it_inherited(closing: Closing) -> None:
     from memdesc.interop.shared_memory import keeping
 
     block.close()
-    keeping.name_gone(block._holding.token)
+    keeping.name_gone(block._holding)
     again = SharedMemory("frames")
     assert bytes(again.buf[:5]) == b"first"
     os.close(stop)
@@ -452,6 +562,33 @@ def test_no_descriptor_left_is_said_and_leaves_nothing(runtime_dir: Path) -> Non
         block.close()
 
     in_child(without)
+
+
+def test_a_full_disk_under_the_names_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, closing: Closing, runtime_dir: Path
+) -> None:
+    block = closing(SharedMemory("frames", create=True, size=3))
+    before = left_in(runtime_dir)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for call in ("mknod", "symlink", "mkdir"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, full)
+            with pytest.raises(OSError) as caught:
+                SharedMemory("new", create=True, size=3)
+            assert caught.value.errno == errno.ENOSPC
+            if call == "mknod":
+                with pytest.raises(OSError):
+                    SharedMemory("frames")
+                block.close()  # the maker goes on holding it as it did
+                again = memfds_of("self", "frames")
+        assert left_in(runtime_dir) == before
+        assert (memfds_of("self", "new"), memfds_of("self", "frames")) == (0, again)
+    other = SharedMemory("frames")
+    assert other.size == 3
+    other.close()
 
 
 def test_without_proc_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

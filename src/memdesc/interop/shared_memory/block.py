@@ -285,7 +285,7 @@ class SharedMemory:
             It was removed before, also where another block has that name by now (ENOENT).
         """
         names.remove(self._holding)
-        keeping.name_gone(self._holding.token)
+        keeping.name_gone(self._holding)
         keeping.look_after()
 
     def __reduce__(self) -> Any:

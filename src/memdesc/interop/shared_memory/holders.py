@@ -11,6 +11,7 @@ import errno
 import itertools
 import os
 import re
+import stat
 from dataclasses import dataclass
 
 from memdesc.descriptors.base import MemoryDescriptor
@@ -64,13 +65,32 @@ class Holding:
         """Say in the block's folder that this process has it; False where that is no more."""
         entry = f"{self._block}/{os.getpid()}.{_started()}.{self.fd}.{next(_serial)}"
         try:
-            os.close(os.open(entry, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+            os.mknod(entry, 0o600 | stat.S_IFREG)  # which takes no descriptor
         except FileNotFoundError:
             return False
         self._entry = entry
         if len(os.listdir(self._block)) > _CROWD:
             anyone(self.own, self.token)
         return True
+
+    def rest(self) -> None:
+        """Hold it by a handle (O_PATH), which others can open, and no lease sees.
+
+        So who uses the block last can tell that nobody else does, and free its pages.
+        """
+        fd, entry = self._fds[0], self._entry
+        handle = os.open(f"/proc/self/fd/{fd}", os.O_PATH | os.O_CLOEXEC)
+        self._fds[0] = handle
+        try:
+            self.tell()  # before it is no longer told of the other: one must always be found
+        except BaseException:
+            self._fds[0] = fd
+            os.close(handle)
+            raise
+        if entry is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(entry)
+        os.close(fd)
 
     def disown(self) -> None:
         """In a fork child: what the parent told of itself is the parent's."""
@@ -95,6 +115,10 @@ class Holding:
         if entry is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(entry)
+        return self._remove()
+
+    def _remove(self) -> bool:
+        """Remove the block's folder, if nobody tells of himself there; whether it is gone."""
         try:
             os.rmdir(self._block)
         except OSError as error:
@@ -107,8 +131,10 @@ class Holding:
             fd = self._fds.pop()
         except IndexError:
             return
-        self._untell()  # before the number can mean something else
+        last = self._untell()  # before the number can mean something else
         os.close(fd)
+        if not last and not self.named and not anyone(self.own, self.token):
+            self._remove()  # nobody looks there by the name: what the dead left goes now
 
     def leave(self) -> bool:
         """At the end of this process, let go; whether that leaves nobody who holds it.
@@ -132,6 +158,7 @@ class Holder:
 
 
 def holders(own: str, token: str) -> list[Holder]:
+    """Who says that he holds a block."""
     try:
         entries = os.listdir(f"{own}/blocks/{token}")
     except FileNotFoundError:

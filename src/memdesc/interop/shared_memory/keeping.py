@@ -3,7 +3,8 @@
 A block that it attached to: while any of its addresses show it, so that an array which outlives
 its `SharedMemory` still answers for the name. A block that it made: until the name is gone too,
 whether or not anything shows it. Then who makes, fills and closes a block can send the name, and
-the other side finds the memory. That another process removed the name is seen at the next look.
+the other side finds the memory. That another process removed the name is seen at the next look;
+the pages are freed before that, by the last who used them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import weakref
+from collections import deque
 from multiprocessing import util
 from typing import Final
 
@@ -30,6 +32,9 @@ _held: set[Holding] = set()
 _awaiting: dict[str, Holding] = {}
 """By token: blocks that nothing shows here any more, held until their names are gone."""
 
+_unnamed: deque[Holding] = deque()
+"""Blocks without a name that this process has let go: who leaves last frees their pages."""
+
 
 def keep(holding: Holding, window: _core.Window, descriptor: MemoryDescriptor) -> None:
     """Hold a block at least as long as memory that shows it, and so long let arrays be traced."""
@@ -44,7 +49,12 @@ def _unpin(holding: Holding) -> None:
     holding.pins.pop()
     if holding.pins or holding.fd < 0:
         return
-    if holding.made_here and holding.named:
+    if not holding.named:
+        _let_go(holding)
+        _unnamed.append(holding)  # for later: what takes a lock is not for the collector
+    elif holding.made_here:
+        with contextlib.suppress(OSError):  # no descriptor for the handle: as it is, then
+            holding.rest()
         _awaiting[holding.token] = holding
     else:
         _let_go(holding)
@@ -55,15 +65,19 @@ def _let_go(holding: Holding) -> None:
     holding.let_go()
 
 
-def name_gone(token: str) -> None:
-    """Hold a block no longer only for its name."""
-    holding = _awaiting.pop(token, None)
-    if holding is not None:
-        _let_go(holding)
+def name_gone(holding: Holding) -> None:
+    """Hold a block no longer only for its name, which this process removed."""
+    waiting = _awaiting.pop(holding.token, None)
+    if waiting is not None:
+        _let_go(waiting)
+    _unnamed.append(holding)
 
 
 def look_after() -> None:
     """Let go of what other processes unlinked; a few at each call, in turn."""
+    while _unnamed:
+        with contextlib.suppress(OSError, IndexError):  # no leases here; another thread was faster
+            names.free_unused(_unnamed.popleft())
     for token in list(itertools.islice(_awaiting, _LOOKS)):
         holding = _awaiting.pop(token, None)
         if holding is None:
@@ -96,6 +110,7 @@ class _Child:
             else:
                 holding.inherit()
         _awaiting.clear()
+        _unnamed.clear()
         _at_exit()
 
 

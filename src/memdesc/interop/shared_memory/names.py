@@ -11,6 +11,7 @@ import errno
 import itertools
 import os
 
+from memdesc import _core
 from memdesc.errors import BlockExistsError, BlockNotFoundError, NotPrivilegedError
 from memdesc.interop.shared_memory.folder import (
     Record,
@@ -21,12 +22,16 @@ from memdesc.interop.shared_memory.folder import (
     read_record,
 )
 from memdesc.interop.shared_memory.holders import Holding, anyone, holders, open_holder
+from memdesc.memory.lease import held_by_others
 
 _SWEPT_EVERY = 64
 """Blocks that a process makes between two sweeps of all names."""
 
 _TRIES = 1000
 """How often a holder that has just let go may be met before a name counts as nobody's."""
+
+_PUNCH_HOLE = 3
+"""FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE (linux/falloc.h)."""
 
 _claims = itertools.count()
 
@@ -98,8 +103,13 @@ def find(name: str, *, writable: bool) -> tuple[Holding, int]:
             if fd < 0:
                 continue
             holding = Holding(own, name, record.token, fd)
-            if holding.tell():
-                return holding, record.size
+            try:
+                # One who opened it after the name was removed could find its pages freed.
+                if holding.tell() and holding.named:
+                    return holding, record.size
+            except BaseException:
+                holding.let_go()
+                raise
             holding.let_go()
         if refusals:
             raise _refused(name, refusals)
@@ -142,6 +152,29 @@ def remove(holding: Holding) -> None:
         os.unlink(f"{own}/names/{name}")
         if not anyone(own, holding.token):  # nobody looks there again: what the dead left goes now
             _remove_block(own, holding.token)
+
+
+def free_unused(holding: Holding) -> None:
+    """Free the pages of a block that has no name any more, and nobody but who made it.
+
+    He holds it by a handle, learns that the name is gone at his next look, and frees all of it
+    then. That there is nobody else, told or not, the kernel says: by a lease. Nobody can come.
+    """
+    if not holders(holding.own, holding.token):
+        return
+    with changing(holding.own):  # two who leave would see each other
+        if holding.named:
+            return
+        for holder in holders(holding.own, holding.token):
+            fd = open_holder(holder, holding.token, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK, [])
+            if fd < 0:
+                continue
+            try:
+                if not held_by_others(fd):
+                    _core.fallocate(fd, _PUNCH_HOLE, 0, os.fstat(fd).st_size)
+            finally:
+                os.close(fd)
+            return
 
 
 def set_size(holding: Holding, size: int) -> None:

@@ -148,6 +148,15 @@ def test_ragged_samples_are_torchs_error() -> None:
     del ours, torchs
 
 
+def test_samples_of_several_dtypes_become_what_torch_makes_of_them() -> None:
+    mixed = [torch.tensor(1), torch.tensor(1.5), torch.ones((), requires_grad=True)]
+    for pair in ([0, 1], [1, 2]):
+        (torchs,) = DataLoader(mixed, batch_sampler=[pair])
+        (ours,) = SharedDataLoader(mixed, batch_sampler=[pair], slot_nbytes=64)
+        assert torch.equal(ours, torchs)
+        assert (ours.dtype, ours.requires_grad) == (torchs.dtype, torchs.requires_grad)
+
+
 class Box:
     """A class of the program's own."""
 

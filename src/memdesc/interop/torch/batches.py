@@ -116,7 +116,8 @@ class Fill:
     ) -> torch.Tensor:
         """As the default collate function stacks tensors, but in the slot."""
         first = samples[0]
-        start = self._reserve(first, len(samples)) if is_plain(first) else None
+        alike = all(is_plain(one) and one.dtype is first.dtype for one in samples)
+        start = self._reserve(first, len(samples)) if alike else None
         if start is None:
             fallback = default_collate_fn_map[torch.Tensor]
             return fallback(samples, collate_fn_map=collate_fn_map)

@@ -22,6 +22,7 @@ Where to begin; `help(memdesc.Service)` and so on tells more:
 * `empty`, `zeros`, `asarray`, `Slab`, `descriptor_of`   NumPy arrays that live in descriptors
 * `interop.multiprocessing`        such arrays as handles through Process, Queue, Pipe and Pool
 * `recycler`                       what is kept of freed buffers for the next ones
+* `debug`                          where what is open was made, and who holds its views
 * `Access`, `Direction`, `PageKind`, `Contents`    words for arguments
 * `MemdescError`                   the root of all errors; `MappingReason`, `WiringReason`
 
@@ -42,11 +43,13 @@ The house, from the top down; a room knows only those below it:
 * `mapping`              what makes memory visible in a task
 * `wiring`               what keeps it resident
 * `memory`               memfds, their seals and their lifecycle
+* `debug`                where what is open was made, and who holds it
 * `vm`                   pages, tasks, regions, frames; what this kernel allows
 * `errors`               the exceptions and their reasons
 * `_core`                the compiled core
 """
 
+import os as _os
 import sys as _sys
 
 if _sys.platform != "linux":
@@ -55,78 +58,9 @@ if _sys.platform != "linux":
         "pidfds and /proc, which other systems do not have"
     )
 
-from memdesc.copyio import (
-    copy_between as copy_between,
-    copyin as copyin,
-    copyinstr as copyinstr,
-    copyout as copyout,
-)
-from memdesc.descriptors.base import MemoryDescriptor as MemoryDescriptor
-from memdesc.descriptors.buffer import BufferMemoryDescriptor as BufferMemoryDescriptor
-from memdesc.descriptors.copy_on_write import SnapshotReason as SnapshotReason
-from memdesc.descriptors.multi import MultiMemoryDescriptor as MultiMemoryDescriptor
-from memdesc.descriptors.received import ReceivedMemoryDescriptor as ReceivedMemoryDescriptor
-from memdesc.descriptors.snapshot import SnapshotMemoryDescriptor as SnapshotMemoryDescriptor
-from memdesc.descriptors.sub import SubMemoryDescriptor as SubMemoryDescriptor
-from memdesc.errors import (
-    AccessDeniedError as AccessDeniedError,
-    AllocationError as AllocationError,
-    BlockExistsError as BlockExistsError,
-    BlockNotFoundError as BlockNotFoundError,
-    ClosedError as ClosedError,
-    CopyError as CopyError,
-    DeviceError as DeviceError,
-    DoubleFreeError as DoubleFreeError,
-    Holding as Holding,
-    InvalidArgument as InvalidArgument,
-    LimitError as LimitError,
-    MappingError as MappingError,
-    MappingReason as MappingReason,
-    MemdescError as MemdescError,
-    MethodNotFoundError as MethodNotFoundError,
-    NameInUseError as NameInUseError,
-    NotPreparedError as NotPreparedError,
-    NotPrivilegedError as NotPrivilegedError,
-    PageKindError as PageKindError,
-    PeerGoneError as PeerGoneError,
-    ProtocolError as ProtocolError,
-    RangeError as RangeError,
-    RemoteError as RemoteError,
-    SealedError as SealedError,
-    SegmentError as SegmentError,
-    SegmentReason as SegmentReason,
-    ServiceNotFoundError as ServiceNotFoundError,
-    ShareNotFoundError as ShareNotFoundError,
-    StringTooLongError as StringTooLongError,
-    TaskGoneError as TaskGoneError,
-    TimedOutError as TimedOutError,
-    TransferError as TransferError,
-    UnsupportedError as UnsupportedError,
-    UseAfterFreeError as UseAfterFreeError,
-    WiringError as WiringError,
-    WiringReason as WiringReason,
-    ZoneExhausted as ZoneExhausted,
-)
-from memdesc.handover import (
-    receive_descriptor as receive_descriptor,
-    send_descriptor as send_descriptor,
-)
-from memdesc.mapping import MemoryMap as MemoryMap
-from memdesc.memory import recycler as recycler, zone_map as zone_map
-from memdesc.memory.kept import Contents as Contents
-from memdesc.memory.page_kinds import PageKind as PageKind
-from memdesc.vm.pages import (
-    Access as Access,
-    Direction as Direction,
-    page_size as page_size,
-    round_page as round_page,
-    trunc_page as trunc_page,
-)
-from memdesc.vm.task import Task as Task
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from memdesc import dma as dma, files as files, interop as interop
+    from memdesc import debug as debug, dma as dma, files as files, interop as interop
     from memdesc.alloc import (
         PageBlock as PageBlock,
         Zone as Zone,
@@ -138,6 +72,62 @@ if TYPE_CHECKING:
         io_malloc_pageable as io_malloc_pageable,
         zprint as zprint,
     )
+    from memdesc.copyio import (
+        copy_between as copy_between,
+        copyin as copyin,
+        copyinstr as copyinstr,
+        copyout as copyout,
+    )
+    from memdesc.descriptors.base import MemoryDescriptor as MemoryDescriptor
+    from memdesc.descriptors.buffer import BufferMemoryDescriptor as BufferMemoryDescriptor
+    from memdesc.descriptors.copy_on_write import SnapshotReason as SnapshotReason
+    from memdesc.descriptors.multi import MultiMemoryDescriptor as MultiMemoryDescriptor
+    from memdesc.descriptors.received import ReceivedMemoryDescriptor as ReceivedMemoryDescriptor
+    from memdesc.descriptors.snapshot import SnapshotMemoryDescriptor as SnapshotMemoryDescriptor
+    from memdesc.descriptors.sub import SubMemoryDescriptor as SubMemoryDescriptor
+    from memdesc.errors import (
+        AccessDeniedError as AccessDeniedError,
+        AllocationError as AllocationError,
+        BlockExistsError as BlockExistsError,
+        BlockNotFoundError as BlockNotFoundError,
+        ClosedError as ClosedError,
+        CopyError as CopyError,
+        DeviceError as DeviceError,
+        DoubleFreeError as DoubleFreeError,
+        Holding as Holding,
+        InvalidArgument as InvalidArgument,
+        LimitError as LimitError,
+        MappingError as MappingError,
+        MappingReason as MappingReason,
+        MemdescError as MemdescError,
+        MethodNotFoundError as MethodNotFoundError,
+        NameInUseError as NameInUseError,
+        NotPreparedError as NotPreparedError,
+        NotPrivilegedError as NotPrivilegedError,
+        PageKindError as PageKindError,
+        PeerGoneError as PeerGoneError,
+        ProtocolError as ProtocolError,
+        RangeError as RangeError,
+        RemoteError as RemoteError,
+        SealedError as SealedError,
+        SegmentError as SegmentError,
+        SegmentReason as SegmentReason,
+        ServiceNotFoundError as ServiceNotFoundError,
+        ShareNotFoundError as ShareNotFoundError,
+        StringTooLongError as StringTooLongError,
+        TaskGoneError as TaskGoneError,
+        TimedOutError as TimedOutError,
+        TransferError as TransferError,
+        UnsupportedError as UnsupportedError,
+        UseAfterFreeError as UseAfterFreeError,
+        WiringError as WiringError,
+        WiringReason as WiringReason,
+        ZoneExhausted as ZoneExhausted,
+    )
+    from memdesc.handover import (
+        receive_descriptor as receive_descriptor,
+        send_descriptor as send_descriptor,
+    )
     from memdesc.interop.arrays import (
         Slab as Slab,
         asarray as asarray,
@@ -147,6 +137,10 @@ if TYPE_CHECKING:
         zeros as zeros,
         zeros_like as zeros_like,
     )
+    from memdesc.mapping import MemoryMap as MemoryMap
+    from memdesc.memory import recycler as recycler, zone_map as zone_map
+    from memdesc.memory.kept import Contents as Contents
+    from memdesc.memory.page_kinds import PageKind as PageKind
     from memdesc.queues import (
         Consumer as Consumer,
         Producer as Producer,
@@ -169,64 +163,88 @@ if TYPE_CHECKING:
         Stream as Stream,
         Subscription as Subscription,
     )
+    from memdesc.vm.pages import (
+        Access as Access,
+        Direction as Direction,
+        page_size as page_size,
+        round_page as round_page,
+        trunc_page as trunc_page,
+    )
+    from memdesc.vm.task import Task as Task
 
 __version__ = "0.3.0"
 
-# Services bring msgspec, which importing memdesc must not: they come when first asked for. So do
-# the other rooms that no descriptor needs.
-_LATER = {
-    "Connection": "memdesc.services.connection",
-    "connect": "memdesc.services.connection",
-    "connect_async": "memdesc.services.connecting",
-    "ClientConsumers": "memdesc.services.queues",
-    "ClientProducers": "memdesc.services.queues",
-    "Event": "memdesc.services.events",
-    "Events": "memdesc.services.events",
-    "Limits": "memdesc.services.limits",
-    "PendingCall": "memdesc.services.calls.pending",
-    "ReconnectingConnection": "memdesc.services.reconnect",
-    "Service": "memdesc.services.service",
-    "UserClient": "memdesc.services.user_client",
-    "Backpressure": "memdesc.streams",
-    "Stream": "memdesc.streams",
-    "Subscription": "memdesc.streams",
-    "Consumer": "memdesc.queues",
-    "Producer": "memdesc.queues",
-    "create_data_queue": "memdesc.queues",
-    "PageBlock": "memdesc.alloc",
-    "Zone": "memdesc.alloc",
-    "collect_zones": "memdesc.alloc",
-    "io_free": "memdesc.alloc",
-    "io_malloc": "memdesc.alloc",
-    "io_malloc_aligned": "memdesc.alloc",
-    "io_malloc_contiguous": "memdesc.alloc",
-    "io_malloc_pageable": "memdesc.alloc",
-    "zprint": "memdesc.alloc",
-    "Slab": "memdesc.interop.arrays",
-    "asarray": "memdesc.interop.arrays",
-    "descriptor_of": "memdesc.interop.arrays",
-    "empty": "memdesc.interop.arrays",
-    "empty_like": "memdesc.interop.arrays",
-    "zeros": "memdesc.interop.arrays",
-    "zeros_like": "memdesc.interop.arrays",
+# All of it comes when it is first asked for: a program that imports memdesc on its way pays for
+# what it uses. (Services bring msgspec, and arrays NumPy, which importing memdesc must not.)
+_EXPORTS = {
+    "memdesc.copyio": "copy_between copyin copyinstr copyout",
+    "memdesc.descriptors.base": "MemoryDescriptor",
+    "memdesc.descriptors.buffer": "BufferMemoryDescriptor",
+    "memdesc.descriptors.copy_on_write": "SnapshotReason",
+    "memdesc.descriptors.multi": "MultiMemoryDescriptor",
+    "memdesc.descriptors.received": "ReceivedMemoryDescriptor",
+    "memdesc.descriptors.snapshot": "SnapshotMemoryDescriptor",
+    "memdesc.descriptors.sub": "SubMemoryDescriptor",
+    "memdesc.errors": (
+        "AccessDeniedError AllocationError BlockExistsError BlockNotFoundError ClosedError "
+        "CopyError DeviceError DoubleFreeError Holding InvalidArgument LimitError MappingError "
+        "MappingReason MemdescError MethodNotFoundError NameInUseError NotPreparedError "
+        "NotPrivilegedError PageKindError PeerGoneError ProtocolError RangeError RemoteError "
+        "SealedError SegmentError SegmentReason ServiceNotFoundError ShareNotFoundError "
+        "StringTooLongError TaskGoneError TimedOutError TransferError UnsupportedError "
+        "UseAfterFreeError WiringError WiringReason ZoneExhausted"
+    ),
+    "memdesc.handover": "receive_descriptor send_descriptor",
+    "memdesc.mapping": "MemoryMap",
+    "memdesc.memory.kept": "Contents",
+    "memdesc.memory.page_kinds": "PageKind",
+    "memdesc.vm.pages": "Access Direction page_size round_page trunc_page",
+    "memdesc.vm.task": "Task",
+    "memdesc.services.connection": "Connection connect",
+    "memdesc.services.connecting": "connect_async",
+    "memdesc.services.queues": "ClientConsumers ClientProducers",
+    "memdesc.services.events": "Event Events",
+    "memdesc.services.limits": "Limits",
+    "memdesc.services.calls.pending": "PendingCall",
+    "memdesc.services.reconnect": "ReconnectingConnection",
+    "memdesc.services.service": "Service",
+    "memdesc.services.user_client": "UserClient",
+    "memdesc.streams": "Backpressure Stream Subscription",
+    "memdesc.queues": "Consumer Producer create_data_queue",
+    "memdesc.alloc": (
+        "PageBlock Zone collect_zones io_free io_malloc io_malloc_aligned io_malloc_contiguous "
+        "io_malloc_pageable zprint"
+    ),
+    "memdesc.interop.arrays": "Slab asarray descriptor_of empty empty_like zeros zeros_like",
+}
+_LATER = {name: module for module, names in _EXPORTS.items() for name in names.split()}
+_ROOMS = (
+    "alloc copyio crossing debug descriptors dma errors files handover interop iokit mapping "
+    "memory portable queues services streams testing vm wiring"
+)
+_MODULES = {room: f"memdesc.{room}" for room in _ROOMS.split()} | {
+    "recycler": "memdesc.memory.recycler",
+    "zone_map": "memdesc.memory.zone_map",
 }
 
 
-_ROOMS = ("dma", "files", "interop")
-
-
 def __getattr__(name: str) -> object:
+    home = _MODULES.get(name) or _LATER.get(name)
+    if home is None:
+        raise AttributeError(f"module 'memdesc' has no attribute {name!r}")
     import importlib
 
-    if name in _ROOMS:
-        return importlib.import_module(f"memdesc.{name}")
-    module = _LATER.get(name)
-    if module is None:
-        raise AttributeError(f"module 'memdesc' has no attribute {name!r}")
-    value: object = getattr(importlib.import_module(module), name)
+    module = importlib.import_module(home)
+    value: object = module if name in _MODULES else getattr(module, name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER, *_ROOMS})
+    return sorted({*globals(), *_LATER, *_MODULES})
+
+
+if _os.environ.get("MEMDESC_DEBUG", "0") not in ("", "0"):
+    from memdesc import debug as debug
+
+    debug.start()

@@ -39,6 +39,7 @@ from memdesc.memory import zone_map
 from memdesc.memory.limits import check_available
 from memdesc.memory.page_kinds import PageKind, huge_page_size
 from memdesc.memory.populate import populate
+from memdesc.vm import tracing
 from memdesc.vm.forks import lock_for
 from memdesc.vm.pages import check_alignment, check_length, page_size, round_page
 from memdesc.vm.physical import frames
@@ -143,10 +144,13 @@ class PageBlock(_core.Exporter):
                     errno=errno.EINVAL,
                 )
             if self._window.exports:
-                raise BufferError(
+                error = BufferError(
                     f"{self!r} has {self._window.exports} live view(s), arrays or memoryviews: "
                     "delete them first"
                 )
+                if tracing.books is not None:
+                    tracing.books.blame(error, views_of=self._window)
+                raise error
             self._window = None
         if self.descriptor is not None:
             self.descriptor.close()

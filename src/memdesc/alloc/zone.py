@@ -32,6 +32,7 @@ from memdesc.errors import (
     ZoneExhausted,
 )
 from memdesc.memory import zone_map
+from memdesc.vm import tracing
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer  # collections.abc has it from 3.12 on
@@ -68,7 +69,7 @@ class Zone(ChunkList):
         Take all of the memory now, and keep it resident. Never collected.
     track : bool
         Note where each element is allocated (file, line, function), for `holders` and the text of
-        `ZoneExhausted`. Makes `alloc` about thirty times slower.
+        `ZoneExhausted`. Makes `alloc` about thirty times slower. `memdesc.debug` has it in all.
 
     Raises
     ------
@@ -116,7 +117,7 @@ class Zone(ChunkList):
                 "zone is made (zone_map.configure)",
                 errno=errno.EINVAL,
             )
-        super().__init__(name, layout, bool(wired), bool(track))
+        super().__init__(name, layout, bool(wired), bool(track) or tracing.books is not None)
         if wired:
             self._take_all()
 
@@ -283,10 +284,13 @@ class Zone(ChunkList):
                 errno=errno.EINVAL,
             )
         if element.exports:
-            raise BufferError(
+            error = BufferError(
                 f"element number {element.number} of {self!r} has {element.exports} live view(s): "
                 "release them (memoryview.release, del of arrays) before it is freed"
             )
+            if tracing.books is not None:
+                tracing.books.blame(error, views_of=element)
+            raise error
         self.free(element)  # the views went meanwhile, in another thread
 
     def _take_all(self) -> None:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import sys
 import weakref
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from memdesc import _core
 from memdesc.copyio import bytes_of
+from memdesc.vm import tracing
 
 if TYPE_CHECKING:
     from memdesc.descriptors.base import MemoryDescriptor
@@ -29,6 +31,17 @@ def note_home(window: object, descriptor: Mappable, offset: int) -> None:
     """Note that a window shows a descriptor's bytes from `offset` on. The latest note holds."""
     if isinstance(window, _core.Window):
         _homes[window.memory] = weakref.ref(descriptor), window.offset - offset
+        if tracing.books is not None:
+            told = partial(_outlived, weakref.ref(descriptor), descriptor.name)
+            tracing.books.note(window.memory, told)
+
+
+def _outlived(
+    descriptor: weakref.ref[Mappable], name: str, memory: _core.MappedMemory
+) -> tracing.Told:
+    """What memory says of itself once its descriptor is gone or closed: views keep it."""
+    known = descriptor()
+    return (name, memory.length) if known is None or known.closed else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,9 +23,14 @@ from memdesc.mapping import (
     check_range,
     map_extents,
 )
+from memdesc.vm import tracing
 from memdesc.vm.forks import lock_for
 from memdesc.vm.pages import Access
 from memdesc.vm.task import Task, check_task
+
+
+def _told(known: Mappable) -> tracing.Told:
+    return None if known.closed else (known.name, known.length)
 
 
 class Mappable(_core.Exporter, ABC):
@@ -38,6 +43,8 @@ class Mappable(_core.Exporter, ABC):
         self._lock = lock_for(self)
         self._closed = False
         self._mappings: weakref.WeakSet[MemoryMap] = weakref.WeakSet()
+        if tracing.books is not None:
+            tracing.books.note(self, _told)
 
     @property
     @abstractmethod

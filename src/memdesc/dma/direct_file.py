@@ -16,6 +16,7 @@ from memdesc.dma.rings import Engine, open_engine, run_without_ring
 from memdesc.dma.targets import Ask, Checked, check_asks, hold
 from memdesc.dma.transfers import Part, Progress, Transfer, Transferred
 from memdesc.errors import ClosedError, InvalidArgument, RangeError
+from memdesc.vm import tracing
 from memdesc.vm.pages import check_integer, page_size
 
 if TYPE_CHECKING:
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 _files: weakref.WeakSet[DirectFile] = weakref.WeakSet()
 _hooked = False
 _IDLE = 4  # engines kept for the next calls
+
+
+def _told(file: DirectFile) -> tracing.Told:
+    return None if file.closed else (os.fsdecode(file.path), 0)
 
 
 @final
@@ -114,6 +119,8 @@ class DirectFile:
         self._file = OpenedFile(self.path, mode)
         _watch_forks()
         _files.add(self)
+        if tracing.books is not None:
+            tracing.books.note(self, _told)
 
     # -- what it is ------------------------------------------------------------------------------
 

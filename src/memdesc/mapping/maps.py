@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, final
 from memdesc import _core
 from memdesc.errors import ClosedError
 from memdesc.mapping.views import GivesArrays, check_range, view_as_array
+from memdesc.vm import tracing
 from memdesc.vm.forks import lock_for
 from memdesc.vm.pages import Access
 from memdesc.vm.task import Task
@@ -113,6 +114,8 @@ class LocalMemoryMap(MemoryMap, GivesArrays, _core.Exporter):
         self._ended = ended
         self._wires: list[Wire] = []
         self._lock = lock_for(self)
+        if tracing.books is not None:
+            tracing.books.note(self, _told)
 
     @property
     def task(self) -> Task:
@@ -192,11 +195,17 @@ class LocalMemoryMap(MemoryMap, GivesArrays, _core.Exporter):
             if isinstance(window, memoryview):
                 window.release()
             elif window.exports:
-                raise BufferError(
-                    f"the mapping at {self.address:#x} has {window.exports} live view(s), arrays "
-                    "or memoryviews: delete them first, or leave a with block instead"
-                )
+                raise self._in_use(window)
             self._drop()
+
+    def _in_use(self, window: _core.Window) -> BufferError:
+        error = BufferError(
+            f"the mapping at {self.address:#x} has {window.exports} live view(s), arrays or "
+            "memoryviews: delete them first, or leave a with block instead"
+        )
+        if tracing.books is not None:
+            tracing.books.blame(error, views_of=window)
+        return error
 
     def _let_go(self) -> None:
         with self._lock:
@@ -211,6 +220,12 @@ class LocalMemoryMap(MemoryMap, GivesArrays, _core.Exporter):
         self._wires.clear()
         self._window = None
         self._owner = None
+
+
+def _told(mapping: LocalMemoryMap | RemoteMemoryMap) -> tracing.Told:
+    if not mapping.is_mapped:
+        return None
+    return getattr(mapping._owner, "name", ""), mapping.length
 
 
 class Unmapper(Protocol):
@@ -261,6 +276,8 @@ class RemoteMemoryMap(MemoryMap):
         self._carrier = carrier
         self._token: int | None = token
         self._owner = owner
+        if tracing.books is not None:
+            tracing.books.note(self, _told)
 
     @property
     def task(self) -> Task:

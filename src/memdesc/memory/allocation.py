@@ -25,6 +25,7 @@ from memdesc.memory.placing import map_aligned
 from memdesc.memory.populate import populate, populate_huge
 from memdesc.memory.recycler import offer, take, trim
 from memdesc.memory.transparent import leave_to_faults, populate_auto, populate_transparent
+from memdesc.vm import tracing
 from memdesc.vm.pages import MAX_LENGTH, Access, page_size, round_page
 
 _WASTE = 8
@@ -152,13 +153,22 @@ def allocate(request: Request) -> Allocation:
         if kept is not None:
             return Allocation(*kept, kind)
     try:
-        allocation = _allocate_fresh(request)
+        allocation = _allocate_or_trim(request)
+    except AllocationError as error:
+        if tracing.books is not None:
+            tracing.books.blame(error, of=("BufferMemoryDescriptor", "MappedMemory"))
+        raise
+    allocation.kind = kind
+    return allocation
+
+
+def _allocate_or_trim(request: Request) -> Allocation:
+    try:
+        return _allocate_fresh(request)
     except AllocationError:
         if not trim():
             raise
-        allocation = _allocate_fresh(request)
-    allocation.kind = kind
-    return allocation
+        return _allocate_fresh(request)
 
 
 def _allocate_fresh(request: Request) -> Allocation:

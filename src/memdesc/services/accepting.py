@@ -31,6 +31,7 @@ from memdesc.services.logs import log
 from memdesc.services.loop import Loop, loop, tell_if_forked
 from memdesc.services.peer import Peer
 from memdesc.services.rate import Bucket
+from memdesc.vm import tracing
 from memdesc.vm.forks import Condition
 from memdesc.vm.task import Task
 
@@ -77,6 +78,8 @@ class Accepting:
         self.path = self._listener.path
         self._finalizer = weakref.finalize(self, _abandon, self._loop, self._listener)
         tell_if_forked(self)
+        if tracing.books is not None:
+            tracing.books.note(self, _told)
 
     def _open_listener(self, *, for_all: bool) -> folder.Listener:
         return folder.Listener(self.name, for_all=for_all)
@@ -331,6 +334,10 @@ class Accepting:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _told(service: Accepting) -> tracing.Told:
+    return None if service.closed else (service.name, 0)
 
 
 class Accepted(Peer):

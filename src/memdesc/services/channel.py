@@ -30,6 +30,7 @@ from memdesc.handover import close_all, discard, discard_unread, receive_once, t
 from memdesc.services import protocol
 from memdesc.services.failures import no_descriptor
 from memdesc.services.loop import Loop, loop, tell_if_forked
+from memdesc.vm import tracing
 from memdesc.vm.forks import Condition
 from memdesc.vm.task import Task
 
@@ -66,6 +67,8 @@ class Channel:
         self._finalizer = weakref.finalize(self, _abandon, self._loop, self._life)
         self._finalizer.atexit = False
         tell_if_forked(self)
+        if tracing.books is not None:
+            tracing.books.note(self, _told)
 
     # -- starting and ending ---------------------------------------------------------------------
 
@@ -286,6 +289,10 @@ class Channel:
         except MemdescError:
             if self._gone is None:
                 raise
+
+
+def _told(channel: Channel) -> tracing.Told:
+    return None if channel.closed else (getattr(channel, "name", f"task {channel.task.pid}"), 0)
 
 
 class _Life:

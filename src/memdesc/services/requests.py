@@ -13,11 +13,18 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
-from memdesc.errors import MemdescError, ProtocolError, TimedOutError, describe_errno
+from memdesc.errors import (
+    LimitError,
+    MemdescError,
+    ProtocolError,
+    TimedOutError,
+    describe_errno,
+)
 from memdesc.handover import close_all, discard, too_many_files
 from memdesc.services import protocol
 from memdesc.services.channel import QUEUE_LIMIT, Channel
 from memdesc.services.failures import failed, rebuilt
+from memdesc.vm import tracing
 from memdesc.vm.task import Task
 
 _T = TypeVar("_T")
@@ -157,7 +164,10 @@ class Requester(Channel):
             return answer, fds
         discard(fds)
         if isinstance(answer, protocol.Failed):
-            raise rebuilt(answer)
+            refusal = rebuilt(answer)
+            if tracing.books is not None and isinstance(refusal, LimitError):
+                tracing.books.blame(refusal, of=("Subscription", "Connection"))
+            raise refusal
         error = ProtocolError(
             f"task {self.task.pid} answered {type(answer).__name__}, not {kind.__name__}",
             errno=errno.EPROTO,

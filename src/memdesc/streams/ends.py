@@ -11,6 +11,7 @@ from memdesc.descriptors.base import MemoryDescriptor
 from memdesc.errors import ClosedError, InvalidArgument, ProtocolError, RangeError
 from memdesc.mapping import has_hole
 from memdesc.streams.layout import METADATA_LIMIT
+from memdesc.vm import tracing
 from memdesc.vm.forks import Heir, tell_child
 from memdesc.vm.pages import Access
 
@@ -26,6 +27,12 @@ def register(end: Heir) -> None:
         # Not in a function of ours, at whose head an interrupt strikes that came during the fork.
         os.register_at_fork(after_in_child=_core.note_fork)
     tell_child(end)
+    if tracing.books is not None:
+        tracing.books.note(end, _told)
+
+
+def _told(end: Any) -> tracing.Told:
+    return None if end.closed else (end.name, end.form.pool_bytes)
 
 
 def window_of(descriptor: MemoryDescriptor, access: Access, nbytes: int) -> _core.Window:

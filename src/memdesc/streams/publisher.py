@@ -31,6 +31,7 @@ from memdesc.streams.subscriber import (
     Subscriber,
     statistics_of,
 )
+from memdesc.vm import tracing
 from memdesc.vm.forks import lock_for
 from memdesc.vm.pages import check_integer
 from memdesc.vm.task import Task
@@ -404,11 +405,14 @@ class Stream(_core.StreamPool):
         return ClosedError(f"this slot of stream {self.name!r} was {what}: loan another one")
 
     def _too_many_loans(self) -> NoReturn:
-        raise AllocationError(
+        error = AllocationError(
             f"stream {self.name!r} has {self.loans} slot(s) loaned, as many as may be at a time: "
             "publish or discard one, or make it with loans=",
             errno=errno.ENOBUFS,
         )
+        if tracing.books is not None:
+            tracing.books.blame(error, views_of=self.memory._window.memory)
+        raise error
 
     def _check_nbytes(self, nbytes: Any) -> int:
         value = check_integer(nbytes, "nbytes")

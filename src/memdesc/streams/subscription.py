@@ -29,6 +29,7 @@ from memdesc.streams.ends import (
     window_of,
 )
 from memdesc.streams.layout import HEADER, StreamForm
+from memdesc.vm import tracing
 from memdesc.vm.forks import lock_for
 from memdesc.vm.pages import Access
 from memdesc.vm.task import Task
@@ -404,11 +405,14 @@ class Subscription(_core.StreamSubscriber):
         )
 
     def _too_many_loans(self) -> NoReturn:
-        raise AllocationError(
+        error = AllocationError(
             f"this subscription of {self.name!r} holds {self.loans} slot(s), as many as it may, "
             "arrays and memoryviews of earlier ones included: drop some, or subscribe with loans=",
             errno=errno.ENOBUFS,
         )
+        if tracing.books is not None:
+            tracing.books.blame(error, views_of=self._pool)
+        raise error
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from typing import NoReturn, final
 
 from memdesc import _core
 from memdesc.errors import AllocationError, InvalidArgument, MemdescError
-from memdesc.vm import regions
+from memdesc.vm import regions, tracing
 from memdesc.vm.pages import check_integer, page_span
 from memdesc.wiring import causes
 from memdesc.wiring.counts import Counts, Run
@@ -109,7 +109,10 @@ class _Books:
                 with contextlib.suppress(OSError):
                     _core.munlock(start, end - start)
             if isinstance(error, OSError) and not isinstance(error, MemdescError):
-                raise causes.explain(error, doing, tried) from error
+                told = causes.explain(error, doing, tried)
+                if tracing.books is not None:
+                    tracing.books.blame(told, of=("Wire",))
+                raise told from error
             raise
 
     def _count_added(self, fresh: list[Run]) -> None:
@@ -202,6 +205,10 @@ def _start_anew() -> None:
     _books = _Books()
 
 
+def _told(token: Wire) -> tracing.Told:
+    return None if token.released else (f"{token.address:#x}", token.length)
+
+
 @final
 class Wire:
     """A claim that keeps a range of this task's pages resident, until it is released.
@@ -228,6 +235,8 @@ class Wire:
         self._claims: list[_Claim] = []  # the claim, from being wired until being released
         self.address = claim.start
         self.length = claim.end - claim.start
+        if tracing.books is not None:
+            tracing.books.note(self, _told)
 
     @property
     def released(self) -> bool:

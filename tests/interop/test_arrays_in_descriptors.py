@@ -6,6 +6,7 @@ import errno
 import gc
 import os
 import pickle
+import signal
 import threading
 from itertools import pairwise
 from typing import Any
@@ -399,6 +400,29 @@ def test_threads_take_of_one_slab() -> None:
         thread.join()
     assert not wrong
     assert slab.free == 1 << 16
+
+
+def test_a_signal_handler_makes_arrays_in_the_midst_of_making_one() -> None:
+    slab = md.Slab(1 << 16)
+    made: list[Any] = []
+
+    def handler(*_: object) -> None:
+        made.append(slab.empty(1, "u1"))
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.0002, 0.0002)
+        ours = []
+        while len(made) < 50:
+            ours.append(slab.empty(1, "u1"))
+            if len(ours) > 300:
+                del ours[::2]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    for number, array in enumerate(ours + made):
+        array[0] = number % 251
+    assert [array[0] for array in ours + made] == [n % 251 for n in range(len(ours + made))]
 
 
 def test_memory_that_can_not_be_mapped_is_said() -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import math
 import os
-from bisect import insort
 from collections import deque
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack, final
 
@@ -295,7 +294,8 @@ class Slab:
     def __init__(self, capacity: int, **options: Unpack[Options]) -> None:
         with_name: Any = {"name": "slab", **options}
         self.descriptor = BufferMemoryDescriptor(check_length(capacity, "capacity"), **with_name)
-        self._free = [(0, self.descriptor.capacity)]  # (offset, bytes), sorted, none adjacent
+        # (offset, bytes), sorted, none adjacent. Never changed in place: see `_piece`.
+        self._free: tuple[tuple[int, int], ...] = ((0, self.descriptor.capacity),)
         self._came_back: deque[tuple[int, int]] = deque()
         self._lock = lock_for(self)
         self._pid = os.getpid()
@@ -335,27 +335,31 @@ class Slab:
         return placed(piece, extents, kind, order=order)
 
     def _piece(self, nbytes: int) -> _Piece:
-        whole = -(-nbytes // ALIGNMENT) * ALIGNMENT
         with self._lock:
             if os.getpid() != self._pid:
                 raise ClosedError(
                     "the slab is the parent's of this forked process, which fills it too: make "
                     "one here"
                 )
-            self._take_back()
-            for index, (offset, room) in enumerate(self._free):
-                if room >= nbytes:
-                    piece = _Piece(self.descriptor, offset, nbytes, self._came_back)
-                    rest = (offset + whole, room - whole)
-                    self._free[index : index + 1] = [rest] if rest[1] > 0 else []
-                    return piece
-        raise AllocationError(
-            f"no {nbytes:,} bytes in one piece are left in a slab of "
-            f"{self.descriptor.capacity:,}: make another one, or an array of its own",
-            errno=errno.ENOMEM,
-            requested=nbytes,
-            available=max((room for _, room in self._free), default=0),
-        )
+            while True:
+                self._take_back()
+                free = self._free
+                fits = (index for index, (_, room) in enumerate(free) if room >= nbytes)
+                at = next(fits, None)
+                if at is None:
+                    raise AllocationError(
+                        f"no {nbytes:,} bytes in one piece are left in a slab of "
+                        f"{self.descriptor.capacity:,}: make another one, or an array of its own",
+                        errno=errno.ENOMEM,
+                        requested=nbytes,
+                        available=max((room for _, room in free), default=0),
+                    )
+                offset, room = free[at]
+                used = min(_rounded(nbytes), room)
+                left = [(offset + used, room - used)] if room > used else []
+                if self._free is free:  # else a signal handler made an array here just now
+                    self._free = (*free[:at], *left, *free[at + 1 :])
+                    return _Piece(self.descriptor, offset, nbytes, self._came_back)
 
     def _take_back(self) -> None:
         """Have the room of arrays that have gone again, if nobody else can see it."""
@@ -363,17 +367,17 @@ class Slab:
         marked = life.forked or life.exposed or life.registrations
         unseen = life.state is State.PRIVATE and not marked
         while self._came_back:
-            offset, nbytes = self._came_back.popleft()
-            end = min(offset + -(-nbytes // ALIGNMENT) * ALIGNMENT, self.descriptor.capacity)
-            if unseen:
-                insort(self._free, (offset, end - offset))
-        merged: list[tuple[int, int]] = []
-        for offset, room in self._free:
-            if merged and sum(merged[-1]) == offset:
-                merged[-1] = merged[-1][0], merged[-1][1] + room
-            else:
-                merged.append((offset, room))
-        self._free = merged
+            try:
+                offset, nbytes = self._came_back.popleft()
+            except IndexError:  # a signal handler took the last one
+                return
+            nbytes = min(_rounded(nbytes), self.descriptor.capacity - offset)
+            while unseen:
+                free = self._free
+                more = _merged([*free, (offset, nbytes)])
+                if self._free is free:
+                    self._free = more
+                    break
 
     def close(self) -> None:
         """Make no new arrays, and share no more; those that exist live on. Again is a no-op."""
@@ -384,6 +388,21 @@ class Slab:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _rounded(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _merged(ranges: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Sort (offset, bytes) ranges, adjacent ones made one."""
+    merged: list[tuple[int, int]] = []
+    for offset, nbytes in sorted(ranges):
+        if merged and sum(merged[-1]) == offset:
+            merged[-1] = merged[-1][0], merged[-1][1] + nbytes
+        else:
+            merged.append((offset, nbytes))
+    return tuple(merged)
 
 
 class _Piece(Keeper):

@@ -103,7 +103,7 @@ def doctor(as_json: bool, calibrate: bool) -> None:
     sys.exit(1 if report["failed"] else 0)
 
 
-@memdesc.command()
+@memdesc.command(short_help="List services, their buffers, and who maps them how.")
 @click.argument("service", required=False, shell_complete=completion.services)
 @click.option("--long", "-l", is_flag=True, help="With buffers, and who maps each how.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, with all of it.")
@@ -122,7 +122,7 @@ def ls(service: str | None, long: bool, as_json: bool) -> None:
     sys.exit(1 if missing else 0)
 
 
-@memdesc.command()
+@memdesc.command(short_help="Show what moves in services, live.")
 @click.option(
     "--interval",
     type=click.FloatRange(0.1, 3600),
@@ -159,7 +159,7 @@ def top(interval: float, once: bool, as_json: bool) -> None:
 memdesc.add_command(serve)
 
 
-@memdesc.command("map")
+@memdesc.command("map", short_help="Draw an address space, and who else has what is in it.")
 @click.argument("pid", type=click.IntRange(1, 2**31 - 1), shell_complete=completion.pids)
 @click.option("--all", "whole", is_flag=True, help="Every region in a band of its own.")
 @click.option(

@@ -459,6 +459,34 @@ def test_threads_send_and_receive_at_once(installed: None) -> None:
     assert handles.in_transit() == handles.Transit(0, 0)
 
 
+def test_a_signal_handler_sends_while_its_thread_waits_for_the_holder(installed: None) -> None:
+    """In a child, whose holder is this process."""
+    array, other = numbers(100), numbers(7)
+
+    def work() -> tuple[int, bool]:
+        got: list[int] = []
+        signal.signal(signal.SIGALRM, lambda *_: got.append(int(travel(other).sum())))
+        signal.setitimer(signal.ITIMER_REAL, 0.001, 0.003)
+        fine = True
+        while len(got) < 20:
+            fine = fine and travel(array).sum() == 4950
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        return len(got), fine and set(got) == {21}
+
+    sent, fine = in_child(work)
+    assert sent >= 20
+    assert fine
+
+
+def test_a_signal_handler_in_the_midst_of_the_books_is_refused(installed: None) -> None:
+    holder = transit.ways.holder
+    assert holder is not None
+    with holder._alone(), pytest.raises(md.MappingError) as no:
+        travel(numbers(3))
+    assert no.value.errno == errno.EBUSY
+    assert travel(numbers(3)).sum() == 3
+
+
 # -- strangers at the holder's socket --------------------------------------------------------------
 
 

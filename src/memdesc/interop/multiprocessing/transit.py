@@ -27,7 +27,8 @@ import os
 import socket as sockets
 import struct
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -89,6 +90,7 @@ class Holder:
         self._objects: dict[tuple[int, int, int], _Kept] = {}
         self._links: set[sockets.socket] = set()
         self._lock = lock_for(self)
+        self._busy = False
         self._loop = loop()
         self._sock = sockets.socket(sockets.AF_UNIX, sockets.SOCK_SEQPACKET)
         try:
@@ -102,21 +104,40 @@ class Holder:
 
     # -- what is kept ----------------------------------------------------------------------------
 
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        with self._lock:
+            if self._busy:
+                raise MappingError(
+                    "a signal handler sends or receives an array in the midst of its own thread's "
+                    "doing so: do it outside of the handler",
+                    reason=MappingReason.NOT_ANSWERING,
+                    errno=errno.EBUSY,
+                )
+            self._busy = True
+            try:
+                yield
+            finally:
+                self._busy = False
+
     def keep(self, token: bytes, fd: int) -> None:
         """Keep a descriptor until it is taken; takes it over."""
         status = os.fstat(fd)
         key = status.st_dev, status.st_ino, fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
-        with self._lock:
-            kept = self._objects.setdefault(key, _Kept(fd, key))
-            kept.tokens.add(token)
-            self._tokens[token] = kept
-            known = kept.fd != fd
-        if known:
-            os.close(fd)
+        known = True
+        try:
+            with self._alone():
+                kept = self._objects.setdefault(key, _Kept(fd, key))
+                kept.tokens.add(token)
+                self._tokens[token] = kept
+                known = kept.fd != fd
+        finally:
+            if known:
+                os.close(fd)
 
     def take(self, token: bytes) -> int:
         """Give what is kept under a token, once; the caller closes it."""
-        with self._lock:
+        with self._alone():
             kept = self._tokens.get(token)
             if kept is None:
                 raise PeerGoneError(
@@ -135,7 +156,7 @@ class Holder:
 
     def _forget(self, tokens: Sequence[bytes]) -> None:
         fds = []
-        with self._lock:
+        with self._alone():
             for token in tokens:
                 kept = self._tokens.get(token)
                 if kept is not None:
@@ -146,9 +167,8 @@ class Holder:
 
     def forget_all(self) -> tuple[int, int]:
         """Close all that was not taken: (tokens, objects)."""
-        with self._lock:
-            counts = self.counts()
-            self._forget(list(self._tokens))
+        counts = self.counts()
+        self._forget(list(self._tokens))
         return counts
 
     def _drop(self, token: bytes, kept: _Kept) -> None:
@@ -264,6 +284,7 @@ class Link:
     def __init__(self, address: bytes) -> None:
         self.address = address
         self._lock = lock_for(self)
+        self._busy = False
         self._sock = sockets.socket(sockets.AF_UNIX, sockets.SOCK_SEQPACKET)
         try:
             self._sock.settimeout(PATIENCE)
@@ -303,12 +324,18 @@ class Link:
 
     def _ask(self, message: bytes, fds: Sequence[int]) -> list[int]:
         with self._lock:
+            if self._busy:  # a signal handler of the thread that waits for its answer further down
+                with closing(Link(self.address)) as other:
+                    return other._ask(message, fds)
+            self._busy = True
             try:
                 send_with_fds(self._sock, message, fds)
                 answer, came = receive_with_fds(self._sock, 1, 1)
             except BaseException:
                 self.close()  # the answer to come would be taken for that to the next question
                 raise
+            finally:
+                self._busy = False
         if answer == _YES:
             return came
         discard(came)

@@ -124,16 +124,16 @@ class Holder:
         """Keep a descriptor until it is taken; takes it over."""
         status = os.fstat(fd)
         key = status.st_dev, status.st_ino, fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
-        known = True
         try:
             with self._alone():
                 kept = self._objects.setdefault(key, _Kept(fd, key))
                 kept.tokens.add(token)
                 self._tokens[token] = kept
-                known = kept.fd != fd
-        finally:
-            if known:
-                os.close(fd)
+        except MappingError:
+            os.close(fd)
+            raise
+        if kept.fd != fd:
+            os.close(fd)
 
     def take(self, token: bytes) -> int:
         """Give what is kept under a token, once; the caller closes it."""

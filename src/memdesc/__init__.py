@@ -234,6 +234,8 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module 'memdesc' has no attribute {name!r}")
     import importlib
 
+    # With the first thing that is used: descriptors are arguments of multiprocessing's processes.
+    importlib.import_module("memdesc.handover")
     module = importlib.import_module(home)
     value: object = module if name in _MODULES else getattr(module, name)
     globals()[name] = value

@@ -10,6 +10,7 @@ Zone memory is never shared: mapping it for another task refuses with `ZONE_MEMO
 shared is a `BufferMemoryDescriptor`.
 """
 
+import memdesc.handover  # noqa: F401  (descriptors are arguments of multiprocessing's)
 from memdesc.alloc.chunks import collect_zones
 from memdesc.alloc.iomalloc import (
     PageBlock,

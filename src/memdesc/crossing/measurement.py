@@ -13,9 +13,7 @@ import errno
 import math
 import os
 import socket as sockets
-import statistics
 import struct
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -167,6 +165,8 @@ class _Helper:
 @contextmanager
 def _helper() -> Iterator[_Helper]:
     """Start the helper; it ends with the block."""
+    import subprocess  # here, as few programs calibrate, and every one imports this module
+
     if not sys.executable:
         raise UnsupportedError(
             "calibrating needs a helper process, and this program does not know a Python to start "
@@ -222,6 +222,8 @@ class _Trial:
 
 
 def _measure(helper: _Helper, progress: Callable[[float], None]) -> Figures:
+    import statistics
+
     times: dict[str, dict[int, list[int]]] = {}
     with ExitStack() as kept:
         trials = _trials(helper, kept)

@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+import memdesc.handover  # noqa: F401  (descriptors are arguments of multiprocessing's)
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import memdesc.interop.arrays as arrays

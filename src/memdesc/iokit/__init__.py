@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import memdesc.handover  # noqa: F401  (descriptors are arguments of multiprocessing's)
 from memdesc.iokit.allocating import (
     IOFree as IOFree,
     IOFreeAligned as IOFreeAligned,

@@ -6,6 +6,7 @@
 * `notify`: sockets by which an event loop hears that a queue is no longer empty
 """
 
+import memdesc.handover  # noqa: F401  (descriptors are arguments of multiprocessing's)
 from memdesc.queues.data_queue import Consumer, Producer, create_data_queue
 from memdesc.queues.notify import notification_pair
 from memdesc.queues.waiting import QueueStatistics

@@ -7,6 +7,7 @@
 * `subscription`: `Subscription`, a stream as a subscriber sees it
 """
 
+import memdesc.handover  # noqa: F401  (descriptors are arguments of multiprocessing's)
 from memdesc._core import LoanedSlot, TakenSlot
 from memdesc.streams.layout import METADATA_LIMIT, StreamForm
 from memdesc.streams.publisher import Stream

@@ -29,7 +29,9 @@ def mended(what: str) -> None:
 
 
 def program(kind: Kind, text: str) -> str:
-    return f"from {kind.module} import SharedMemory, ShareableList\n{text}"
+    """A program that may well die of it, and leaves no core file then."""
+    quiet = "import resource\nresource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"
+    return f"{quiet}from {kind.module} import SharedMemory, ShareableList\n{text}"
 
 
 def run(kind: Kind, text: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -77,7 +77,7 @@ class SharedMemory:
 
     Notes
     -----
-    Linux: memfd_create, fallocate; names as files of no bytes in the services' folder, and
+    Linux: memfd_create, fallocate; names as links in the services' folder, and
     /proc/PID/fd of a holder, which asks for the same user (PTRACE_MODE_READ; yama does not
     matter). Threads: safe. Fork: the child holds what the parent has open, and answers for its
     name. Pickle: by the name. See `docs/shared-memory.md`.

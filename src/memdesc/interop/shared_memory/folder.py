@@ -1,10 +1,10 @@
 """The folder of names and blocks: what lies there, and who may.
 
 A memfd has no name, and none could keep it alive but a process that has it open. So a name is a
-link to the block's folder, and in that folder lies one empty file for each holder:
+link to the block's folder, and in that folder lies one more for each holder, all of them symbolic:
 
-    names/NAME -> TOKEN.SIZE                    the name; as symbolic links are, made once or not
-    blocks/TOKEN/PID.STARTED.FD.SERIAL          one who holds it, under that number
+    names/NAME -> TOKEN.SIZE                    the name
+    blocks/TOKEN/PID.STARTED.FD.SERIAL -> held  one who holds it, under that number
 
 Both lie beneath the services' folder of this user (`memdesc.services.folder`), which only he can
 enter, in one folder for each pid namespace, as a pid means something only in its own. Who attaches
@@ -12,7 +12,7 @@ opens `/proc/PID/fd/FD` of any holder: no process has to answer, so none needs a
 stopped one is no obstacle. What that number means now is checked by the token, which is part of
 the memfd's own name: a pid or a number that was given anew is not mistaken for the holder.
 
-What a killed process leaves are its files here, of no bytes. Who next looks at the name, and every
+What a killed process leaves are its links here. Who next looks at the name, and every
 process that makes its first block, sweeps what belongs to nobody.
 
 Attaching and letting go take no lock. What makes or removes a name does: a name is removed only

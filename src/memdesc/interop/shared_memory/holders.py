@@ -11,7 +11,6 @@ import errno
 import itertools
 import os
 import re
-import stat
 from dataclasses import dataclass
 
 from memdesc.descriptors.base import MemoryDescriptor
@@ -23,7 +22,7 @@ from memdesc.vm.task import Task
 _HOLDER = re.compile(r"([1-9][0-9]{0,9})\.([0-9]{1,20})\.([0-9]{1,9})\.([0-9]+)", re.ASCII)
 
 _CROWD = 16
-"""Files of holders from which on one who joins them looks which are of the dead."""
+"""Entries of holders from which on one who joins them looks which are of the dead."""
 
 _serial = itertools.count()
 
@@ -65,7 +64,7 @@ class Holding:
         """Say in the block's folder that this process has it; False where that is no more."""
         entry = f"{self._block}/{os.getpid()}.{_started()}.{self.fd}.{next(_serial)}"
         try:
-            os.mknod(entry, 0o600 | stat.S_IFREG)  # which takes no descriptor
+            os.symlink("held", entry)  # which takes no descriptor, and no space
         except FileNotFoundError:
             return False
         self._entry = entry
@@ -149,7 +148,7 @@ class Holding:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """What the file of one holder says."""
+    """What the entry of one holder says."""
 
     pid: int
     started: int
@@ -173,7 +172,7 @@ def holders(own: str, token: str) -> list[Holder]:
 
 
 def anyone(own: str, token: str) -> bool:
-    """Whether anybody holds a block. The files of those who do not any more go."""
+    """Whether anybody holds a block. The entries of those who do not any more go."""
     alive = False
     for holder in holders(own, token):
         if _is_dead(holder, token):

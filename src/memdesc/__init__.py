@@ -172,7 +172,7 @@ if TYPE_CHECKING:
     )
     from memdesc.vm.task import Task as Task
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 # All of it comes when it is first asked for: a program that imports memdesc on its way pays for
 # what it uses. (Services bring msgspec, and arrays NumPy, which importing memdesc must not.)

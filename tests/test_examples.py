@@ -202,7 +202,9 @@ def bad_answer(what: str, number: int) -> tuple[bytes, list[int]]:
     if what == "cut off":
         data = data[:-5]
     elif what == "deep":
-        data = data.replace(b"\xa5share\x86", b"\xa5shar_" + b"\x91" * 60_000 + b"\x86")
+        before, key, share = data.partition(b"\xa5share")
+        assert key
+        data = before + b"\xa5shar_" + b"\x91" * 60_000 + share
     return data, [fd]
 
 

@@ -3,9 +3,9 @@
 `commands` holds the commands; `demo` the main job, with its acts (`demo_acts`), its comparison
 (`demo_compare`), the programs that both start (`demo_client`, `demo_worker`), how they are spoken
 with (`demo_processes`), what is read of the kernel (`demo_kernel`), the files (`demo_files`) and
-the screen (`demo_screen`); `doctor` what this machine allows, and `doctor_screen` its screen; `serve`
-what serves files, `serve_screen` its screen and `serve_command` its options. Only the commands,
-`printer` and the screens import click and rich.
+the screen (`demo_screen`); `doctor` what this machine allows, and `doctor_screen` its screen;
+`serve` what serves files, `serve_screen` its screen and `serve_command` its options. Only the
+commands, `printer` and the screens import click and rich.
 """
 
 from __future__ import annotations

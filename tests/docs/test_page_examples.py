@@ -13,6 +13,7 @@ EXAMPLES = {  # pages, and how many examples each has at least
     "calls": 11,
     "direct-file": 9,
     "events": 11,
+    "finding-leaks": 20,
     "multiprocessing": 12,
     "queues": 11,
     "serving-files": 20,

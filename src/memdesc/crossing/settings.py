@@ -172,7 +172,7 @@ def _found() -> Calibration:
         try:
             return Calibration(_parse_values(told), Origin.BY_HAND, f"${VARIABLE}")
         except (ValueError, TypeError) as error:  # InvalidArgument is a ValueError
-            log.warning("$%s is ignored: %s", VARIABLE, error)
+            _ignored(f"${VARIABLE}", error)
     path = calibration_file()
     if path is not None:
         try:
@@ -180,8 +180,14 @@ def _found() -> Calibration:
         except FileNotFoundError:
             pass  # nothing was measured yet
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            log.warning("the calibration in %s is ignored: %s", path, error)
+            _ignored(os.fspath(path), error)
     return Calibration(Thresholds(), Origin.DEFAULT, "memdesc.crossing.Thresholds")
+
+
+def _ignored(origin: str, error: Exception) -> None:
+    log.warning(
+        "calibration.ignored %s: %s", origin, error, extra={"origin": origin, "why": str(error)}
+    )
 
 
 def _parse_values(text: str) -> Thresholds:

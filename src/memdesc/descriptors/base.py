@@ -19,8 +19,9 @@ from memdesc.copyio import bytes_of
 from memdesc.descriptors.copy_on_write import SnapshotReason
 from memdesc.descriptors.freezing import Frozen, Reader, copied
 from memdesc.descriptors.mappable import Mappable
+from memdesc.descriptors.statistics import DescriptorStatistics
 from memdesc.errors import InvalidArgument, NotPreparedError, SealedError, WiringError, WiringReason
-from memdesc.mapping import GivesArrays, check_range, view_as_array
+from memdesc.mapping import GivesArrays, LocalMemoryMap, check_range, view_as_array
 from memdesc.vm.pages import Direction, page_size, page_span
 from memdesc.vm.physical import PhysicalSegment, physical_runs
 from memdesc.vm.task import Task
@@ -337,6 +338,25 @@ class MemoryDescriptor(GivesArrays, Mappable):
         undo()
 
     # -- lifetime --------------------------------------------------------------------------------
+
+    def statistics(self) -> DescriptorStatistics:
+        """Tell what it has now: mappings, and what keeps it resident.
+
+        Raises
+        ------
+        ClosedError
+        """
+        self._check_open()
+        mappings = self.mappings()
+        here = [mapping for mapping in mappings if isinstance(mapping, LocalMemoryMap)]
+        return DescriptorStatistics(
+            name=self.name,
+            nbytes=self.length,
+            mappings=len(here),
+            mapped_bytes=sum(mapping.length for mapping in here),
+            remote_mappings=len(mappings) - len(here),
+            prepares=len(self._prepared),
+        )
 
     def close(self) -> None:
         """Let go: completes what is prepared, gives no new views. Again is a no-op.

@@ -13,6 +13,7 @@ from memdesc.descriptors import copy_on_write
 from memdesc.descriptors.base import MemoryDescriptor, _nothing
 from memdesc.descriptors.freezing import Frozen, freeze_buffer
 from memdesc.descriptors.homes import note_home
+from memdesc.descriptors.statistics import BufferStatistics
 from memdesc.errors import InvalidArgument, PageKindError, RangeError
 from memdesc.mapping import Extent
 from memdesc.memory.allocation import Allocation, Request, allocate
@@ -332,6 +333,26 @@ class BufferMemoryDescriptor(MemoryDescriptor):
             self.set_length(start + source.nbytes)
             if source.nbytes:
                 self._store(start, source)
+
+    def statistics(self) -> BufferStatistics:
+        """Tell what it has now, and what became of it; raises `ClosedError`."""
+        told = super().statistics()
+        lifecycle = self.memory.lifecycle
+        return BufferStatistics(
+            name=told.name,
+            nbytes=told.nbytes,
+            mappings=told.mappings,
+            mapped_bytes=told.mapped_bytes,
+            remote_mappings=told.remote_mappings,
+            prepares=told.prepares,
+            capacity=self.capacity,
+            reserve=self.reserve,
+            views=self._window.exports,
+            state=lifecycle.state,
+            grantees=len(lifecycle.grantees),
+            moves=self.moves,
+            moved_bytes=self.moved_bytes,
+        )
 
     def _export(self) -> _core.Window:
         self._check_open()

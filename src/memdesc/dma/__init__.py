@@ -11,7 +11,10 @@ from memdesc.dma.cuda import (
     CudaDevice as CudaDevice,
     PinnedMemory as PinnedMemory,
 )
-from memdesc.dma.direct_file import DirectFile as DirectFile
+from memdesc.dma.direct_file import (
+    DirectFile as DirectFile,
+    DirectFileStatistics as DirectFileStatistics,
+)
 from memdesc.dma.segments import DMASpecification as DMASpecification
 from memdesc.dma.transfers import Transferred as Transferred, Way as Way
 from memdesc.vm.physical import PhysicalSegment as PhysicalSegment

@@ -6,6 +6,7 @@ import errno
 import os
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self, final
 
 from memdesc.descriptors.base import MemoryDescriptor
@@ -17,6 +18,7 @@ from memdesc.dma.targets import Ask, Checked, check_asks, hold
 from memdesc.dma.transfers import Part, Progress, Transfer, Transferred
 from memdesc.errors import ClosedError, InvalidArgument, RangeError
 from memdesc.vm import tracing
+from memdesc.vm.forks import lock_for
 from memdesc.vm.pages import check_integer, page_size
 
 if TYPE_CHECKING:
@@ -25,6 +27,30 @@ if TYPE_CHECKING:
 _files: weakref.WeakSet[DirectFile] = weakref.WeakSet()
 _hooked = False
 _IDLE = 4  # engines kept for the next calls
+
+
+@dataclass(frozen=True, slots=True)
+class DirectFileStatistics:
+    """What went through a file since it was opened.
+
+    Attributes
+    ----------
+    transfers : int
+        Calls that ended without an error.
+    read_bytes, written_bytes : int
+    bounced_bytes, registered_bytes, requests : int
+        In all, as of `Transferred`.
+    registrations : int
+        Descriptors that are registered now.
+    """
+
+    transfers: int
+    read_bytes: int
+    written_bytes: int
+    bounced_bytes: int
+    registered_bytes: int
+    requests: int
+    registrations: int
 
 
 def _told(file: DirectFile) -> tracing.Told:
@@ -101,6 +127,9 @@ class DirectFile:
         register: bool = False,
     ) -> None:
         self._idle: list[Engine] = []
+        self._lock = lock_for(self)
+        self._moved = [0, 0]  # bytes read, and written
+        self._counts = [0, 0, 0, 0]
         self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopEngine] = (
             weakref.WeakKeyDictionary()
         )
@@ -315,7 +344,9 @@ class DirectFile:
                 transfer.release()
             raise
         try:
-            return transfer.outcome(by_ring=engine is not None, why_no_ring=why)
+            return self._count(
+                transfer.outcome(by_ring=engine is not None, why_no_ring=why), writing
+            )
         finally:
             transfer.release()
             if engine is not None:
@@ -329,12 +360,30 @@ class DirectFile:
             known, why = self._engine_of_loop()
             if known is None:
                 await carry_without_ring(transfer)
-                return transfer.outcome(by_ring=False, why_no_ring=why)
+                return self._count(transfer.outcome(by_ring=False, why_no_ring=why), writing)
             await known.carry(transfer)
-            return transfer.outcome(by_ring=True, why_no_ring=known.engine.why_not_registered)
+            why = known.engine.why_not_registered
+            return self._count(transfer.outcome(by_ring=True, why_no_ring=why), writing)
         finally:
             if not transfer.in_flight:
                 transfer.release()
+
+    def _count(self, done: Transferred, writing: bool) -> Transferred:
+        way = 1 if writing else 0
+        added = (1, done.bounced_bytes, done.registered_bytes, done.requests)
+        with self._lock:
+            self._moved[way] += done.nbytes
+            self._counts = [old + more for old, more in zip(self._counts, added, strict=True)]
+        return done
+
+    def statistics(self) -> DirectFileStatistics:
+        """Tell what went through the file; of a closed one too."""
+        with self._lock:
+            transfers, bounced, registered, requests = self._counts
+            read, written = self._moved
+        return DirectFileStatistics(
+            transfers, read, written, bounced, registered, requests, self.registrations
+        )
 
     def _take(self) -> tuple[Engine | None, str]:
         try:

@@ -9,5 +9,8 @@ From below: `sources` (files, checked and watched for change), `formats` (what i
 """
 
 from memdesc.files.loading import Loaded as Loaded, load as load
-from memdesc.files.serving import FileServer as FileServer
+from memdesc.files.serving import (
+    FileServer as FileServer,
+    FileServerStatistics as FileServerStatistics,
+)
 from memdesc.files.sources import FileSource as FileSource

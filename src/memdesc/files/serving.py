@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Self, final
 
 from memdesc.descriptors.sub import SubMemoryDescriptor
@@ -17,6 +18,29 @@ from memdesc.vm.forks import lock_for
 
 NEW_VERSION = "version"
 """The event that tells of a new version; its value is the version's number."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileServerStatistics:
+    """What a file server serves now, and what it gave.
+
+    Attributes
+    ----------
+    version : int
+    arrays, nbytes : int
+        Of that version; bytes with what lies between arrays.
+    clients : int
+        That are connected.
+    opens, opened_bytes : int
+        As of `ServiceStatistics`: bytes that clients were let see. None of them was copied.
+    """
+
+    version: int
+    arrays: int
+    nbytes: int
+    clients: int
+    opens: int
+    opened_bytes: int
 
 
 @final
@@ -163,6 +187,18 @@ class FileServer:
         self._loaded = loaded
         self.service.notify(NEW_VERSION, loaded.version)
         return loaded
+
+    def statistics(self) -> FileServerStatistics:
+        """Tell what is served, and to how many; raises `ClosedError`."""
+        loaded, service = self.loaded, self.service
+        return FileServerStatistics(
+            version=loaded.version,
+            arrays=len(loaded.entries),
+            nbytes=loaded.descriptor.length,
+            clients=len(service.clients()),
+            opens=service.opens,
+            opened_bytes=service.opened_bytes,
+        )
 
     def close(self) -> None:
         """End the service and let go of the memory; clients keep what they have. Again: no-op."""

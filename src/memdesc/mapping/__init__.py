@@ -19,6 +19,7 @@ from memdesc.mapping.carriers import (
 )
 from memdesc.mapping.maps import (
     LocalMemoryMap as LocalMemoryMap,
+    MappingStatistics as MappingStatistics,
     MemoryMap as MemoryMap,
     RemoteMemoryMap as RemoteMemoryMap,
 )

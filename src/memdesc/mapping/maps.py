@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self, final
 
 from memdesc import _core
@@ -18,6 +19,27 @@ from memdesc.wiring import Wire, wire
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+
+@dataclass(frozen=True, slots=True)
+class MappingStatistics:
+    """What a mapping in this task has now.
+
+    Attributes
+    ----------
+    nbytes : int
+        Mapped; 0 once it has ended.
+    views : int
+        Arrays and memoryviews that count as this mapping's own: while there are any, `unmap`
+        raises.
+    wires, wired_bytes : int
+        Tokens that `wire` gave and which hold, and their bytes.
+    """
+
+    nbytes: int
+    views: int
+    wires: int
+    wired_bytes: int
 
 
 class MemoryMap(ABC):
@@ -185,6 +207,18 @@ class LocalMemoryMap(MemoryMap, GivesArrays, _core.Exporter):
             token = wire(self.address + offset, length, keep=self._window)
             self._wires = [held for held in self._wires if not held.released] + [token]
         return token
+
+    def statistics(self) -> MappingStatistics:
+        """Tell who looks at it, and what of it is wired; of an ended one too."""
+        with self._lock:
+            window = self._window
+            held = [token for token in self._wires if not token.released]
+        return MappingStatistics(
+            nbytes=0 if window is None else self.length,
+            views=window.exports if isinstance(window, _core.Window) else 0,
+            wires=len(held),
+            wired_bytes=sum(token.length for token in held),
+        )
 
     def unmap(self) -> None:
         """End the mapping; `BufferError` while views of it are alive."""

@@ -38,6 +38,7 @@ from memdesc.services.folder import new_socket
 from memdesc.services.protocol.describing import MAX_ITEMS, MAX_TOLD_OBJECTS, Item
 from memdesc.services.queues.books import Slot
 from memdesc.services.queues.producers import ClientProducers
+from memdesc.services.statistics import statistics_of
 from memdesc.vm.task import Task
 
 if TYPE_CHECKING:
@@ -65,9 +66,7 @@ def describe(service: Service, asks: Task, question: protocol.Describe) -> proto
             f"to user {asks.credentials.uid}",
             errno=errno.EACCES,
         )
-    queues, streams = service.queues(), service.streams()
-    put = [end for queue in queues.values() for end in queue.statistics().values()]
-    published = [stream.statistics() for stream in streams.values()]
+    told = statistics_of(service)
     items: list[Item] = []
     more = False
     if question.start is not None:
@@ -75,17 +74,17 @@ def describe(service: Service, asks: Task, question: protocol.Describe) -> proto
     return protocol.Described(
         id=question.id,
         service=service.name,
-        superseded=service.superseded,
-        clients=len(service.clients()),
-        shares=len(service._shares),
-        queues=len(queues),
-        streams=len(streams),
-        methods=len(service._methods),
-        calls=service._called,
-        entries=sum(one.entries for one in put),
-        entry_bytes=sum(one.nbytes for one in put),
-        slots=sum(one.published for one in published),
-        slot_bytes=sum(one.nbytes for one in published),
+        superseded=told.superseded,
+        clients=told.clients,
+        shares=told.shares,
+        queues=told.queues,
+        streams=told.streams,
+        methods=told.methods,
+        calls=told.calls,
+        entries=told.entries,
+        entry_bytes=told.entry_bytes,
+        slots=told.slots,
+        slot_bytes=told.slot_bytes,
         items=tuple(items),
         more=more,
     )

@@ -1,5 +1,7 @@
 """The log of services, connections and streams, which no stranger can fill.
 
+An event's name is the first word of its message, and stays; `docs/finding-leaks.md` lists them.
+
 Whoever makes a service log a line can do it ten thousand times. Of one event (the message; what
 belongs to it is in the record's fields) a few lines are written at once, and then one now and
 then, with the number of those left out in its field `left_out`. Lines below WARNING all are.

@@ -46,6 +46,7 @@ from memdesc.services import protocol
 from memdesc.services.copier import PeerCopier, read_own, write_own
 from memdesc.services.limits import Limits
 from memdesc.services.requests import Requester
+from memdesc.services.statistics import PeerStatistics
 from memdesc.vm.pages import Access, page_size
 from memdesc.vm.regions import find_holes, regions, regions_in
 from memdesc.vm.task import Task
@@ -223,6 +224,18 @@ class Peer(Requester):
         """List the mappings that the other side has made in this task."""
         with self._lock:
             return list(self._pushed.values())
+
+    def statistics(self) -> PeerStatistics:
+        """Tell what hangs on the connection now, as this side sees it; of an ended one too."""
+        with self._lock:
+            mappings = list(self._pushed.values())
+            return PeerStatistics(
+                mappings=len(mappings),
+                mapped_bytes=sum(mapping.length for mapping in mappings),
+                remote_mappings=len(self._in_peer),
+                requests=len(self._pending),
+                unread=len(self._queue),
+            )
 
     def wait_mapping(self, timeout: float | None = None) -> LocalMemoryMap:
         """Wait for the next mapping that the other side makes in this task.

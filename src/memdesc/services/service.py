@@ -14,6 +14,7 @@ from memdesc.services.folder import Listener
 from memdesc.services.limits import Limits, check_limits
 from memdesc.services.queues.parts import Queueing
 from memdesc.services.sharing import Sharing
+from memdesc.services.statistics import ServiceStatistics, statistics_of
 from memdesc.services.streams import Streaming
 from memdesc.services.succession import Succeeded
 from memdesc.services.taking_over import Inheritance, inherit
@@ -128,6 +129,10 @@ class Service(Calling, Notifying, Queueing, Streaming, Sharing, Succeeded):
 
     def _new_client(self, sock: sockets.socket) -> UserClient:
         return UserClient(self, sock, Task.from_socket(sock))
+
+    def statistics(self) -> ServiceStatistics:
+        """Tell what the service has now, and what it did; of a closed one too."""
+        return statistics_of(self)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{len(self._clients)} clients"

@@ -1,0 +1,101 @@
+"""How long does `import memdesc` take, beyond an interpreter that imports nothing?
+
+Whole processes, started one after the other in turns and timed from outside:
+
+* nothing: `python -c pass`;
+* memdesc: `import memdesc`, which brings the face alone;
+* a buffer: the face, and the first `BufferMemoryDescriptor`, which brings what that needs. For
+  comparison, as the next two; nothing is asked of it;
+* a service: `memdesc.Service`, which brings msgspec;
+* numpy: `import numpy`.
+
+What holds: the median of what `import memdesc` takes more than the nothing of the same round is at
+most 30 ms, and NumPy is not imported. The time is that on the wall; the CPU's, which a busy machine
+does not change as much, is kept beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+from common import finish, summary
+
+WAYS = {
+    "nothing": "pass",
+    "memdesc": "import memdesc",
+    "a buffer": "import memdesc; memdesc.BufferMemoryDescriptor",
+    "a service": "import memdesc; memdesc.Service",
+    "numpy": "import numpy",
+}
+MOST = 30.0
+"""Milliseconds."""
+
+
+def run(code: str) -> tuple[float, float]:
+    """Milliseconds on the wall, and of the CPU."""
+    start = time.perf_counter()
+    pid = os.posix_spawn(sys.executable, [sys.executable, "-c", code], os.environ)
+    _, status, usage = os.wait4(pid, 0)
+    took = time.perf_counter() - start
+    if status:
+        raise SystemExit(f"{code!r} failed")
+    return took * 1e3, (usage.ru_utime + usage.ru_stime) * 1e3
+
+
+def measure(rounds: int) -> dict[str, Any]:
+    for code in WAYS.values():  # once before it counts: files are cached, and compiled
+        run(code)
+    samples: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
+    for _ in range(rounds):
+        for way, code in WAYS.items():
+            samples[way].append(run(code))
+    nothing = samples["nothing"]
+    results: dict[str, Any] = {}
+    for way, taken in samples.items():
+        more = [one[0] - base[0] for one, base in zip(taken, nothing, strict=True)]
+        cpu = [one[1] - base[1] for one, base in zip(taken, nothing, strict=True)]
+        results[way] = {
+            "wall_ms": summary([wall for wall, _ in taken]),
+            "more_wall_ms": summary(more),
+            "more_cpu_ms": summary(cpu),
+            "samples": taken,
+        }
+    return results
+
+
+def modules() -> set[str]:
+    """What `import memdesc` imports, as `-X importtime` lists it."""
+    command = [sys.executable, "-X", "importtime", "-c", WAYS["memdesc"]]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    return {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--short", action="store_true", help="few rounds, to see that it runs")
+    arguments, _ = parser.parse_known_args()
+    results = measure(3 if arguments.short else arguments.rounds)
+    for way, row in results.items():
+        wall, more, cpu = row["wall_ms"], row["more_wall_ms"], row["more_cpu_ms"]
+        print(
+            f"{way:10} {wall['median']:6.1f} ms   {more['median']:6.1f} ms more "
+            f"({more['p10']:.1f} to {more['p90']:.1f}), of the CPU {cpu['median']:6.1f} ms"
+        )
+    brought = modules()
+    checks = {
+        f"import memdesc: at most {MOST:.0f} ms more than nothing": (
+            results["memdesc"]["more_wall_ms"]["median"] <= MOST
+        ),
+        "NumPy is not imported": "memdesc" in brought and "numpy" not in brought,
+    }
+    finish("importing", __doc__ or "", results, checks)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,7 @@
-"""The commands, as click knows them."""
+"""The commands, as click knows them.
+
+Each imports what it is made of when it runs: a shell that completes a word starts all of this.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +16,10 @@ from types import FrameType
 
 import click
 
-from memdesc import __version__, crossing
-from memdesc.cli import completion, doctor as doctors, ls as lists, map as maps, top as tops
-from memdesc.cli.demo import run
-from memdesc.cli.demo_files import UnusableFile
-from memdesc.cli.demo_screen import Screen
-from memdesc.cli.doctor_screen import DoctorScreen
-from memdesc.cli.ls_screen import LsScreen
-from memdesc.cli.map_screen import MapScreen
-from memdesc.cli.map_svg import draw
+from memdesc import __version__
+from memdesc.cli import completion
 from memdesc.cli.reader_gone import Commands
 from memdesc.cli.serve_command import serve
-from memdesc.cli.top_screen import TopScreen
-from memdesc.cli.words import as_json as to_json
 from memdesc.errors import MemdescError
 
 
@@ -53,6 +47,10 @@ def demo(files: tuple[Path, ...], as_json: bool, clients: int) -> None:
     Brings FILEs (or large files that it finds on this machine) into shared buffers. Exit status:
     0 if all that was claimed held, 1 if something did not (it is named), 2 for unusable FILEs.
     """
+    from memdesc.cli.demo import run
+    from memdesc.cli.demo_files import UnusableFile
+    from memdesc.cli.demo_screen import Screen
+
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGHUP, _stop)
     screen = Screen(to_stderr=as_json)
@@ -82,6 +80,10 @@ def doctor(as_json: bool, calibrate: bool) -> None:
     Everything is tried, and no setting is changed. Exit status: 0 if all that matters is usable,
     1 if something is not (it is named, with the remedy).
     """
+    from memdesc import crossing
+    from memdesc.cli.doctor import examine
+    from memdesc.cli.doctor_screen import DoctorScreen
+
     screen = DoctorScreen(to_stderr=as_json)
     failure = ""
     try:
@@ -93,7 +95,7 @@ def doctor(as_json: bool, calibrate: bool) -> None:
                 crossing.set_thresholds(replace(found, where=str(path)))
             except MemdescError as error:
                 failure = str(error)
-        report = doctors.examine(failure)
+        report = examine(failure)
     except KeyboardInterrupt:
         print("memdesc doctor: interrupted; no setting was changed", file=sys.stderr)
         sys.exit(130)
@@ -113,7 +115,11 @@ def ls(service: str | None, long: bool, as_json: bool) -> None:
     Asks the services of this user (root: of all), and looks at the tasks that this user may look
     at. Nothing is opened, mapped or removed. Exit status: 0; 1 if SERVICE is not there.
     """
-    report = lists.gather(service)
+    from memdesc.cli.ls import gather
+    from memdesc.cli.ls_screen import LsScreen
+    from memdesc.cli.words import as_json as to_json
+
+    report = gather(service)
     missing = service is not None and report["services"][0]["state"] in ("dead", "missing")
     if as_json:
         print(to_json(report))
@@ -137,10 +143,14 @@ def top(interval: float, once: bool, as_json: bool) -> None:
 
     Live on a terminal, where q or Ctrl-C ends it; one table where it is piped. Exit status: 0.
     """
+    from memdesc.cli.top import Looks
+    from memdesc.cli.top_screen import TopScreen
+    from memdesc.cli.words import as_json as to_json
+
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGHUP, _stop)
     screen = TopScreen(to_stderr=False)
-    with tops.Looks() as looks, contextlib.suppress(KeyboardInterrupt):
+    with Looks() as looks, contextlib.suppress(KeyboardInterrupt):
         if screen.live and not once and not as_json:
             screen.run(looks, interval)
             return
@@ -172,7 +182,12 @@ def map_(pid: int, whole: bool, svg: Path | None, as_json: bool) -> None:
     The address spaces of other users' tasks are for root. Exit status: 0; 1 if there is no such
     task, or nothing of its address space may be seen (it says what would show it).
     """
-    report = maps.gather(pid)
+    from memdesc.cli.map import gather
+    from memdesc.cli.map_screen import MapScreen
+    from memdesc.cli.map_svg import draw
+    from memdesc.cli.words import as_json as to_json
+
+    report = gather(pid)
     if svg is not None and report["hidden"] is None:
         try:
             svg.write_text(draw(report, fold=not whole), encoding="ascii")

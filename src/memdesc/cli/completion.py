@@ -10,13 +10,13 @@ import os
 import click
 from click.shell_completion import CompletionItem
 
-from memdesc.cli.looking import sockets
 from memdesc.cli.words import harmless, program_of
-from memdesc.vm.holders import all_pids
 
 
 def services(_: click.Context, __: click.Parameter, begun: str) -> list[CompletionItem]:
     """Complete the name of a service; nobody is asked."""
+    from memdesc.cli.looking import sockets
+
     return [
         CompletionItem(name)
         for name, _path in sockets()
@@ -26,6 +26,8 @@ def services(_: click.Context, __: click.Parameter, begun: str) -> list[Completi
 
 def pids(_: click.Context, __: click.Parameter, begun: str) -> list[CompletionItem]:
     """Complete a pid, with its program beside it where the shell shows that."""
+    from memdesc.vm.holders import all_pids
+
     found = []
     for pid in sorted(all_pids()):
         if str(pid).startswith(begun) and os.access(f"/proc/{pid}/exe", os.F_OK):

@@ -33,12 +33,6 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 Progress = Callable[[int, int], object]
 
-PAGES = {
-    "auto": PageKind.AUTO,
-    "base": PageKind.BASE,
-    "transparent": PageKind.TRANSPARENT_HUGE,
-    "huge": PageKind.HUGE,
-}
 TURN = 1.0
 """Seconds after which figures are told again, and files are looked at (`watch`)."""
 

@@ -6,8 +6,14 @@ import sys
 
 import click
 
-from memdesc.cli.serve import PAGES, Wishes, parse_file, run
-from memdesc.cli.serve_screen import ServeScreen
+from memdesc.memory.page_kinds import PageKind
+
+_PAGES = {
+    "auto": PageKind.AUTO,
+    "base": PageKind.BASE,
+    "transparent": PageKind.TRANSPARENT_HUGE,
+    "huge": PageKind.HUGE,
+}
 
 
 @click.command()
@@ -15,7 +21,7 @@ from memdesc.cli.serve_screen import ServeScreen
 @click.option("--name", help="Of the service; by default the first FILE's, without its suffix.")
 @click.option(
     "--pages",
-    type=click.Choice(list(PAGES)),
+    type=click.Choice(list(_PAGES)),
     default="auto",
     show_default=True,
     help="What the memory is made of; `huge` is reserved huge pages.",
@@ -47,7 +53,13 @@ def serve(
     keeps it. If that fails the old one is served on. Exit status: 0 when ended by SIGTERM, 130 by
     Ctrl-C, 2 for unusable FILEs, 1 for what else fails.
     """
+    from memdesc.cli.serve import Wishes, parse_file, run
+
     sources = [parse_file(text) for text in files]
     name = sources[0].path.stem if name is None else name
-    screen = None if quiet else ServeScreen(name, to_stderr=as_json)
-    sys.exit(run(Wishes(name, sources, PAGES[pages], wired, watch), screen, as_json=as_json))
+    screen = None
+    if not quiet:
+        from memdesc.cli.serve_screen import ServeScreen
+
+        screen = ServeScreen(name, to_stderr=as_json)
+    sys.exit(run(Wishes(name, sources, _PAGES[pages], wired, watch), screen, as_json=as_json))

@@ -6,7 +6,9 @@ import errno
 import io
 import struct
 import tempfile
+import tracemalloc
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -222,6 +224,7 @@ HOSTILE_SAFETENSORS = {
     "an unknown dtype": with_header({"a": tensor("F128")}, bytes(8)),
     "half bytes": with_header({"a": tensor("F4", [16])}, bytes(8)),
     "a size that is not its shape's": with_header({"a": tensor(shape=[3])}, bytes(8)),
+    "a million dimensions": with_header({"a": tensor(shape=[LARGE] * 1_000_000)}, bytes(8)),
     "a shape that overflows": with_header({"a": tensor(shape=[LARGE, 4])}, bytes(8)),
     "overlapping": with_header({"a": tensor(), "b": tensor(offsets=(4, 12))}, bytes(12)),
     "a hole": with_header({"a": tensor(), "b": tensor(offsets=(9, 17))}, bytes(17)),
@@ -284,6 +287,71 @@ HOSTILE_NPZ = {
 
 def test_hostile_npz(tmp_path: Path) -> None:
     refuse_all(tmp_path / "bad.npz", HOSTILE_NPZ)
+
+
+def inside_one_another() -> bytes:
+    """An archive whose first entry lies within the second: the first has so long a header."""
+    small, large = b"A" * 1000, 200_000
+    name, extra, second = 1, 65_000, 1200
+    content = bytearray(300_000)
+    content[: 30 + name] = local_header(b"a", small, extra)
+    content[30 + name + extra : 30 + name + extra + len(small)] = small
+    content[second : second + 30 + name] = local_header(b"b", bytes(large), 0)
+    packed = bytes(content[second + 30 + name :][:large])
+    directory = directory_entry(b"a", small, 0) + directory_entry(b"b", packed, second)
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 2, 2, len(directory), len(content), 0)
+    return bytes(content) + directory + end
+
+
+def local_header(name: bytes, data: bytes, extra: int) -> bytes:
+    form, size = "<4s5H3L2H", len(data)
+    return struct.pack(form, b"PK\3\4", 20, 0, 0, 0, 0, 0, size, size, len(name), extra) + name
+
+
+def directory_entry(name: bytes, data: bytes, start: int) -> bytes:
+    size = len(data)
+    fields = (20, 20, 0, 0, 0, 0, zlib.crc32(data), size, size, len(name), 0, 0, 0, 0, 0, start)
+    return struct.pack("<4s6H3L5H2L", b"PK\1\2", *fields) + name
+
+
+def test_entries_inside_one_another_are_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    path.write_bytes(inside_one_another())
+    found = loaded(old(path))
+    assert found["a"].tobytes() == b"A" * 1000
+    assert (found["b"].nbytes, found["b"].tobytes().count(b"A")) == (200_000, 1000)
+
+
+def test_what_a_header_says_takes_no_multiple_of_the_file(tmp_path: Path) -> None:
+    entry = directory_entry(b"a", b"", 0)
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0, 0, len(entry) * 66_000, 0, 0)
+    values = b'{"a": [' + b"[]," * 3_000_000 + b"[]]}"
+    hostile = {
+        "many.npz": entry * 66_000 + end,
+        "many.safetensors": with_header(values, bytes(8)),
+    }
+    for name, content in hostile.items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        nbytes = len(content)
+        del content
+        assert most_memory(path) < 4 * nbytes, name
+    large = tmp_path / "sparse.npz"
+    with large.open("wb") as file:
+        nbytes = file.truncate(200 << 20)
+        file.seek(nbytes)
+        file.write(struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, nbytes, 0, 0))
+    assert most_memory(large) < nbytes // 2
+
+
+def most_memory(path: Path) -> int:
+    """Bytes that Python takes at most until a file is refused."""
+    tracemalloc.start()
+    try:
+        refused(path)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_deflated_entry_that_is_damaged(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import zipfile
@@ -19,6 +20,9 @@ _LOCAL = struct.Struct("<4s22xHH")  # signature, …, bytes of the name and of t
 _MOST_RATIO = 1040
 """Deflate makes at most 1032 bytes of one (zlib's documentation), and a little at the ends."""
 
+_MOST_DIRECTORY = 64 << 20
+"""Bytes: a kilobyte for each of the entries that are read at most."""
+
 BAD_ZIP = (zipfile.BadZipFile, zlib.error, RuntimeError, ValueError, EOFError, struct.error)
 """What zipfile raises for archives that it can not, or will not, read."""
 
@@ -33,11 +37,29 @@ def find_arrays(file: OpenFile) -> list[StoredArray]:
         return [_find(file, archive, entry) for entry in entries]
 
 
+class _Opening(io.BufferedReader):
+    """A file that `zipfile` opens: it reads the directory whole, and makes an object per entry."""
+
+    opening = True
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read; of a directory none that would take gigabytes of memory."""
+        if self.opening and size is not None and size > _MOST_DIRECTORY:
+            raise zipfile.BadZipFile(
+                f"a directory of {size:,} bytes; at most {_MOST_DIRECTORY:,} are read"
+            )
+        data = super().read(size)
+        if self.opening and (entries := data.count(b"PK\1\2")) > MOST_ENTRIES:
+            raise zipfile.BadZipFile(f"{entries:,} entries; at most {MOST_ENTRIES:,} are read")
+        return data
+
+
 @contextmanager
 def open_archive(file: OpenFile) -> Iterator[zipfile.ZipFile]:
     """Open the archive by the descriptor that is open already; what it raises is explained."""
     try:
-        with os.fdopen(os.dup(file.fd), "rb") as raw, zipfile.ZipFile(raw) as archive:
+        with _Opening(io.FileIO(os.dup(file.fd))) as raw, zipfile.ZipFile(raw) as archive:
+            raw.opening = False
             yield archive
     except MemdescError:
         raise

@@ -81,7 +81,8 @@ def _place_in_pages(found: Place, known: list[StoredArray], order: list[int], en
             offset = round_page(end) + array.offset % page_size
             run = Run(array.offset, 0, offset, True)
             found.runs.append(run)
-        run.nbytes = array.offset + array.nbytes - run.file_offset
+        # Entries of an archive may lie inside one another.
+        run.nbytes = max(run.nbytes, array.offset + array.nbytes - run.file_offset)
         found.offsets[at] = run.offset + array.offset - run.file_offset
         end = round_page(run.offset + run.nbytes)
     return end

@@ -16,6 +16,8 @@ from memdesc.files.sources import OpenFile
 from memdesc.services.arrays import MOST_ENTRIES
 
 _MOST_HEADER = 100_000_000
+_MOST_VALUES = 64 * MOST_ENTRIES
+"""In a header: Python takes up to 30 times as much memory for them as the file."""
 _LENGTH = struct.Struct("<Q")
 _DTYPES = {
     "BOOL": "?",
@@ -80,6 +82,10 @@ def find_arrays(file: OpenFile) -> list[StoredArray]:
 
 
 def _parse(file: OpenFile, header: bytes) -> dict[str, Any]:
+    values = sum(map(header.count, (b",", b"[", b"{")))  # or more: texts have commas too
+    if values > _MOST_VALUES:
+        raise file.wrong(f"{values:,} values in its header; at most {_MOST_VALUES:,} are read", 8)
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         fields: dict[str, Any] = {}
         for name, value in pairs:
@@ -123,8 +129,8 @@ def _tensor(
     dtype = _DTYPES.get(kind) or _AS_INTEGERS.get(kind)
     if dtype is None:
         raise file.wrong(
-            f"tensor {name[:80]!r} is of {kind[:80]}, of which no element has bytes of its own, or "
-            "which is not known",
+            f"tensor {name[:80]!r} is of {kind[:80]!r}, of which no element has bytes of its own, "
+            "or which is not known",
             offset,
         )
     if file.source.name is not None:

@@ -110,15 +110,14 @@ def check_form(dtype: npt.DTypeLike, shape: tuple[int, ...]) -> tuple[np.dtype[A
             f"dtype {kind} has fields, or no size: only plain elements are shared",
             errno=errno.EINVAL,
         )
-    # A dimension of 0 makes the array empty; NumPy multiplies the others all the same.
-    extents = math.prod(extent for extent in shape if extent)
-    if (
-        len(shape) > MOST_DIMENSIONS
-        or min(shape, default=0) < 0
-        or (extents * kind.itemsize >= 1 << 63)
-    ):
+    extents = 1 << 63
+    if len(shape) <= MOST_DIMENSIONS and min(shape, default=0) >= 0:  # a million take hours
+        # A dimension of 0 makes the array empty; NumPy multiplies the others all the same.
+        extents = math.prod(extent for extent in shape if extent)
+    if extents * kind.itemsize >= 1 << 63:
+        told = str(shape[: MOST_DIMENSIONS + 1])[:200]
         raise InvalidArgument(
-            f"no array of {kind} can have the shape {str(shape)[:200]}", errno=errno.EINVAL
+            f"no array of {kind} can have the {len(shape):,} dimensions {told}", errno=errno.EINVAL
         )
     return kind, 0 if 0 in shape else extents * kind.itemsize
 

@@ -18,7 +18,7 @@ from children import NOBODY, become, in_child
 from strangers import Stranger
 
 import memdesc as md
-from memdesc.services import protocol
+from memdesc.services import describing, protocol
 from memdesc.services.describing import Inquiry
 
 
@@ -33,6 +33,25 @@ def refusal(call: Callable[[], object]) -> tuple[type[BaseException], int | None
     with pytest.raises(md.MemdescError) as caught:
         call()
     return type(caught.value), caught.value.errno
+
+
+def test_a_page_takes_no_time_for_those_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[object] = []
+    objects = describing._objects
+    monkeypatch.setattr(describing, "_objects", lambda it: [looked.append(it), objects(it)][1])
+    with md.Service("full") as service:
+        memory = md.BufferMemoryDescriptor(4096)
+        for number in range(600):
+            service.share(f"share {number}", memory)
+        with service.stream("video", nbytes=100):
+            _, items = ask(service.path)
+            assert len(items) == 601
+            told = len(looked)
+            assert told < 2 * 601  # each once, and one that began the next page
+            assert ask(service.path, 599)[1] == items[599:]
+            assert ask(service.path, 600)[1] == items[600:]
+            assert ask(service.path, 601)[1] == ask(service.path, 2**63 - 1)[1] == []
+            assert len(looked) < told + 10
 
 
 def test_all_that_a_service_has() -> None:

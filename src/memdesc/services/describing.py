@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import select
 import socket as sockets
@@ -43,6 +44,7 @@ from memdesc.vm.task import Task
 
 if TYPE_CHECKING:
     from memdesc.services.service import Service
+    from memdesc.services.sharing import _Shared
 
 MOST_ITEMS = 1 << 17
 """Items that are read of one service: it could go on until this process has no memory left."""
@@ -70,7 +72,7 @@ def describe(service: Service, asks: Task, question: protocol.Describe) -> proto
     items: list[Item] = []
     more = False
     if question.start is not None:
-        items, more = _page(_items(service), question.start)
+        items, more = _page(_items(service, question.start))
     return protocol.Described(
         id=question.id,
         service=service.name,
@@ -90,13 +92,11 @@ def describe(service: Service, asks: Task, question: protocol.Describe) -> proto
     )
 
 
-def _page(items: Iterator[Item], start: int) -> tuple[list[Item], bool]:
+def _page(items: Iterator[Item]) -> tuple[list[Item], bool]:
     """Give as many items as one message carries, and whether there are more."""
     page: list[Item] = []
     room = protocol.MAX_MESSAGE - 8192
-    for number, item in enumerate(items):
-        if number < start:
-            continue
+    for item in items:
         room -= len(protocol.encode(item))
         if len(page) == MAX_ITEMS or room < 0:
             return page, True
@@ -104,20 +104,28 @@ def _page(items: Iterator[Item], start: int) -> tuple[list[Item], bool]:
     return page, False
 
 
-def _items(service: Service) -> Iterator[Item]:
+def _items(service: Service, start: int) -> Iterator[Item]:
+    """Give the items from a number on; shares before it, which can be many, take no time."""
     with service._lock:
         shares = list(service._shares.values())
-    for shared in shares:
-        yield protocol.ShareItem(
-            shared.name,
-            shared.descriptor.length,
-            shared.access.writable,
-            shared.enforced,
-            shared.allow is not None,
-            shared.shape,
-            shared.dtype,
-            _objects(shared.descriptor),
-        )
+    yield from map(_share_item, itertools.islice(shares, start, None))
+    yield from itertools.islice(_others(service), max(start - len(shares), 0), None)
+
+
+def _share_item(shared: _Shared) -> Item:
+    return protocol.ShareItem(
+        shared.name,
+        shared.descriptor.length,
+        shared.access.writable,
+        shared.enforced,
+        shared.allow is not None,
+        shared.shape,
+        shared.dtype,
+        _objects(shared.descriptor),
+    )
+
+
+def _others(service: Service) -> Iterator[Item]:
     for name, stream in service.streams().items():
         form, done = stream.form, stream.statistics()
         yield protocol.StreamItem(

@@ -20,6 +20,7 @@ from puppets import Puppet, wait_until
 import memdesc as md
 from memdesc.cli import looking, ls
 from memdesc.services import protocol
+from memdesc.services.describing import Inquiry
 
 pytestmark = pytest.mark.slow
 
@@ -178,6 +179,30 @@ def test_hostile_services_cost_nobody_else_anything(runtime_dir: Path) -> None:
     assert {one["pid"] for one in report["services"]} == {os.getpid()}  # the kernel's word
     check_plain(text)
     assert "share frames" in text
+
+
+def test_one_that_never_answers_takes_nobody_elses_time(
+    runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of those that need several answers to tell all. It hangs up when they are asked on."""
+    silent = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    silent.bind(str(runtime_dir / "a"))
+    silent.listen()
+    ask = Inquiry.ask
+
+    def asking(inquiry: Inquiry, start: int | None = None) -> None:
+        ask(inquiry, start)
+        if start:
+            silent.close()
+
+    monkeypatch.setattr(Inquiry, "ask", asking)
+    with silent, md.Service("b") as service, looking.Watch() as watch:
+        memory = md.BufferMemoryDescriptor(100)
+        for number in range(300):
+            service.share(f"{number}", memory)
+        found = watch.look([("a", runtime_dir / "a"), ("b", service.path)], items=True)
+    assert [(seen.state, len(seen.items)) for seen in found] == [("unknown", 0), ("serving", 300)]
+    (runtime_dir / "a").unlink()
 
 
 def _endless(number: int) -> bytes:

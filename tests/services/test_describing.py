@@ -20,12 +20,21 @@ from strangers import Stranger
 import memdesc as md
 from memdesc.services import describing, protocol
 from memdesc.services.describing import Inquiry
+from memdesc.services.protocol.describing import Item
+
+
+def answer_all(inquiry: Inquiry, until: float) -> tuple[protocol.Described, list[Item]]:
+    first = answer = inquiry.answer(until)
+    items: list[Item] = []
+    while inquiry.ask_on(answer, items):
+        answer = inquiry.answer(until)
+    return first, items
 
 
 def ask(path: Path, start: int | None = 0) -> tuple[protocol.Described, list[object]]:
     with Inquiry(path) as inquiry:
         inquiry.ask(start)
-        first, items = inquiry.answer_all(time.monotonic() + 20)
+        first, items = answer_all(inquiry, time.monotonic() + 20)
         return first, list(items)
 
 
@@ -232,7 +241,7 @@ def test_a_list_without_end_ends(tmp_path: Path) -> None:
 
     with _answering(path, answer), Inquiry(path) as inquiry:
         inquiry.ask(0)
-        assert refusal(lambda: inquiry.answer_all(time.monotonic() + 60)) == (
+        assert refusal(lambda: answer_all(inquiry, time.monotonic() + 60)) == (
             md.ProtocolError, errno.EPROTO,
         )  # fmt: skip
 

@@ -7,6 +7,7 @@ own. Nothing is swept, opened or granted.
 from __future__ import annotations
 
 import os
+import select
 import stat
 import tempfile
 import time
@@ -22,7 +23,7 @@ from memdesc.errors import (
     TimedOutError,
 )
 from memdesc.services import folder, protocol
-from memdesc.services.describing import Inquiry
+from memdesc.services.describing import Inquiry, silent
 from memdesc.services.protocol.describing import Item
 from memdesc.vm.task import Task
 
@@ -85,9 +86,7 @@ class Watch:
         for gone in self._inquiries.keys() - {seen.path for seen in found}:
             self._forget(gone)
         asked = [seen for seen in found if self._ask(seen, items=items)]
-        until = time.monotonic() + PATIENCE
-        for seen in asked:
-            self._read(seen, until, items=items)
+        self._read(asked, time.monotonic() + PATIENCE, items=items)
         return found
 
     def _ask(self, seen: Seen, *, items: bool) -> bool:
@@ -107,17 +106,40 @@ class Watch:
             return True
         return False
 
-    def _read(self, seen: Seen, until: float, *, items: bool) -> None:
+    def _read(self, asked: Iterable[Seen], until: float, *, items: bool) -> None:
+        """Take answers as they come."""
+        waiting = {self._inquiries[seen.path].fileno(): seen for seen in asked}
+        poller = select.poll()
+        for fd in waiting:
+            poller.register(fd, select.POLLIN)
+        late = False
+        while waiting and not late:  # once more at the end: all may have had to wait for us
+            left = until - time.monotonic()
+            late = left <= 0
+            for fd, _ in poller.poll(max(left, 0) * 1000):
+                if self._take(waiting[fd], items=items):
+                    poller.unregister(fd)
+                    del waiting[fd]
+        for seen in waiting.values():
+            seen.told, seen.items = None, []
+            self._failed(seen, silent(seen.path))
+
+    def _take(self, seen: Seen, *, items: bool) -> bool:
+        """Take the answer that has come; whether it was the last."""
         inquiry = self._inquiries[seen.path]
         try:
-            if items:
-                seen.told, seen.items = inquiry.answer_all(until)
-            else:
-                seen.told = inquiry.answer(until)
-            if seen.told.superseded:  # the next look is at who has the name now
+            answer = inquiry.answer(0)
+            seen.told = seen.told or answer
+            if items and inquiry.ask_on(answer, seen.items):
+                return False
+            if answer.superseded:  # the next look is at who has the name now
                 self._forget(seen.path)
+        except TimedOutError:
+            return False  # an answer to what was asked earlier
         except MemdescError as error:
+            seen.told, seen.items = None, []
             self._failed(seen, error)
+        return True
 
     def _failed(self, seen: Seen, error: MemdescError) -> None:
         seen.why = str(error)

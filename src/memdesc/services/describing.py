@@ -253,7 +253,7 @@ class Inquiry:
         try:
             self._sock.send(question, sockets.MSG_NOSIGNAL)
         except BlockingIOError as error:
-            raise self._silent() from error
+            raise silent(self.path) from error
         except OSError as error:
             raise self._gone() from error
 
@@ -276,7 +276,7 @@ class Inquiry:
         # What was in flight when an earlier wait ended comes first, and is passed over.
         for _ in range(MAX_ITEMS):
             if not poller.poll(max(until - time.monotonic(), 0) * 1000):
-                raise self._silent()
+                raise silent(self.path)
             message = self._receive()
             if isinstance(message, protocol.Failed) and message.id in (0, self._number):
                 raise rebuilt(message)
@@ -286,22 +286,32 @@ class Inquiry:
                 )
             if message.id == self._number:
                 return message
-        raise self._silent()
+        raise silent(self.path)
 
-    def answer_all(self, until: float) -> tuple[protocol.Described, list[Item]]:
-        """Give the answer to `ask(0)`, and all items, asking on for them. Raises as `answer`."""
-        first = answer = self.answer(until)
-        items = list(answer.items)
-        while answer.more and answer.items:
-            if len(items) > MOST_ITEMS:
-                raise ProtocolError(
-                    f"{self.path} tells of more than {MOST_ITEMS:,} things, without end",
-                    errno=errno.EPROTO,
-                )
-            self.ask(len(items))
-            answer = self.answer(until)
-            items += answer.items
-        return first, items
+    def ask_on(self, answer: protocol.Described, items: list[Item]) -> bool:
+        """Put what an answer tells to the items before it, and ask for more, if there are any.
+
+        Raises
+        ------
+        ProtocolError
+            It tells of more things than it can have.
+        TimedOutError, PeerGoneError
+            As `ask`.
+        """
+        items += answer.items
+        if not answer.more or not answer.items:
+            return False
+        if len(items) > MOST_ITEMS:
+            raise ProtocolError(
+                f"{self.path} tells of more than {MOST_ITEMS:,} things, without end",
+                errno=errno.EPROTO,
+            )
+        self.ask(len(items))
+        return True
+
+    def fileno(self) -> int:
+        """Give the socket's descriptor, to wait for."""
+        return self._sock.fileno()
 
     def _receive(self) -> object:
         try:
@@ -312,11 +322,6 @@ class Inquiry:
         if not data:
             raise self._gone()
         return protocol.read(data)
-
-    def _silent(self) -> TimedOutError:
-        return TimedOutError(
-            f"{self.path} does not answer (stopped, or busy?)", errno=errno.ETIMEDOUT
-        )
 
     def _gone(self) -> PeerGoneError:
         return PeerGoneError(
@@ -335,6 +340,11 @@ class Inquiry:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def silent(path: Path) -> TimedOutError:
+    """Make the error that says that a service does not answer."""
+    return TimedOutError(f"{path} does not answer (stopped, or busy?)", errno=errno.ETIMEDOUT)
 
 
 def _explained(path: Path, error: OSError) -> MemdescError:

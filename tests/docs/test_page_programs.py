@@ -80,3 +80,13 @@ def _start(command: str, folder: Path, output: int) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [*program, *words[1:]], cwd=folder, env=environment, stdout=output, text=True
     )
+
+
+@pytest.mark.slow
+def test_the_tutorial_s_stranger(tmp_path: Path) -> None:
+    """Its last line goes by what the kernel allows: a copy for sure, a mapping perhaps."""
+    for name in ("stranger.py", "looking.py"):
+        (tmp_path / name).write_text(programs("tutorial")[name])
+    first, second = play(["python looking.py"], tmp_path)
+    assert first == "b'hello'"
+    assert second == first or "CAP_CHECKPOINT_RESTORE" in second

@@ -176,6 +176,17 @@ def test_what_locals_gave_stays_the_programs_own(frames: md.BufferMemoryDescript
     assert mine["image"] is image
 
 
+def test_what_stands_for_something_else_is_not_woken(frames: md.BufferMemoryDescriptor) -> None:
+    class Lazy:
+        @property
+        def __class__(self) -> Any:
+            raise AssertionError("it was asked what it is")
+
+    lazy = [Lazy(), frames.array()]
+    assert [one for one in told(frames) if one.startswith("element 1 of a list")]
+    del lazy
+
+
 def test_slots_are_told_and_those_given_back_are_not() -> None:
     with md.Stream(shape=(4,), dtype="u1") as stream:
         seat = stream.admit(loans=1)

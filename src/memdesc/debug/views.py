@@ -1,8 +1,8 @@
 """Who holds the views of some memory: told by the collector, put into words.
 
 Arrays are not among what the collector knows, so it is asked what everything that it knows refers
-to, and each running function for its variables. It looks at most of the heap: some 100 ms. What it
-can not see: what a C extension holds, and a value that an expression is in the middle of.
+to, and each running function for its variables. It looks at the whole heap: some us an object.
+What it can not see: what a C extension holds, and a value that an expression is in the middle of.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from memdesc.errors import ClosedError
 _DEPTH = 4
 """How far holders of holders are followed, until one has a name."""
 _RESUMED = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
+_FRAMES = (types.FrameType, *_RESUMED)
 _CO_OPTIMIZED = 1  # of a function: its variables are not in a dict
 _SLOTS = (_core.TakenSlot, _core.LoanedSlot)
 
@@ -126,7 +127,8 @@ def _origin_of_exporter(found: Any) -> object:
 
 def _is_of(module: str, kind: str, value: object) -> bool:
     there = sys.modules.get(module)
-    return there is not None and isinstance(value, getattr(there, kind, ()))
+    # Not isinstance, which asks proxies what they stand for.
+    return there is not None and issubclass(type(value), getattr(there, kind, ()))
 
 
 class _Search:
@@ -134,7 +136,8 @@ class _Search:
 
     def __init__(self, is_inside: Callable[[Any], bool]) -> None:
         self._is_inside = is_inside
-        self._kinds: dict[type, bool] = {}
+        self._views: set[type] = set()
+        self._plain: set[type] = set()  # neither views nor what may hold some unseen: most
         self.variables = _variables()
         self._parents: dict[int, object] = {}  # of what the collector does not track
         # Containers of this search, which refer to everything, and are nobody's business.
@@ -154,7 +157,7 @@ class _Search:
         for module in list(sys.modules.values()):  # which gc.freeze() takes from the collector
             self._look_into(_dict_of(module), 0)
         for holder in everything:
-            if id(holder) not in self._own and not isinstance(holder, (types.FrameType, *_RESUMED)):
+            if id(holder) not in self._own and type(holder) not in _FRAMES:
                 self._look_into(holder, 0)
         return list(self._found.values())
 
@@ -165,7 +168,10 @@ class _Search:
         self._parents.clear()
 
     def _look_into(self, holder: object, depth: int) -> None:
+        plain = self._plain
         for child in gc.get_referents(holder):
+            if type(child) in plain:
+                continue
             if self._is_view(child):
                 if not self._is_cache(holder):
                     self._note(child, self._words(holder, child, 0))
@@ -187,14 +193,17 @@ class _Search:
 
     def _is_view(self, value: Any) -> bool:
         kind = type(value)
-        known = self._kinds.get(kind)
-        if known is None:
-            known = self._kinds[kind] = (
-                issubclass(kind, (memoryview, _core.Exporter, *_SLOTS))
-                or _is_of("numpy", "ndarray", value)
-                or _is_of("torch", "Tensor", value)
-            )
-        return known and self._is_inside(value)
+        if kind in self._views:
+            return self._is_inside(value)
+        if kind in self._plain or kind in (dict, tuple):
+            return False
+        is_view = (
+            issubclass(kind, (memoryview, _core.Exporter, *_SLOTS))
+            or _is_of("numpy", "ndarray", value)
+            or _is_of("torch", "Tensor", value)
+        )
+        (self._views if is_view else self._plain).add(kind)
+        return is_view and self._is_inside(value)
 
     # -- words -----------------------------------------------------------------------------------
 
@@ -215,9 +224,9 @@ class _Search:
 
     def _of_dict(self, holder: dict[Any, Any], held: object, depth: int) -> str:
         key = next((key for key, value in tuple(holder.items()) if value is held), None)
-        for module in list(sys.modules.values()):
-            if getattr(module, "__dict__", None) is holder:
-                return f"global variable `{key}` of {module.__name__}"
+        for name, module in list(sys.modules.items()):
+            if _dict_of(module) is holder:
+                return f"global variable `{key}` of {name}"
         for owner in self._referrers(holder):
             if _dict_of(owner) is holder:
                 return f"attribute `{key}` of {_a(owner)}"
@@ -240,7 +249,7 @@ class _Search:
         found = [
             one
             for one in gc.get_referrers(thing)
-            if id(one) not in self._own and not isinstance(one, (types.FrameType, *_RESUMED))
+            if id(one) not in self._own and type(one) not in _FRAMES
         ]
         self._kept.append(found)
         self._own.add(id(found))
@@ -254,8 +263,8 @@ def _variables() -> list[tuple[str, Any]]:
     seen: set[int] = set()
     frames = sys._current_frames()
     at: types.FrameType | None
-    waiting = [_frame_of(one) for one in gc.get_objects() if isinstance(one, _RESUMED)]
-    kept = [one for one in gc.get_objects() if isinstance(one, types.FrameType)]
+    waiting = [_frame_of(one) for one in gc.get_objects() if type(one) in _RESUMED]
+    kept = [one for one in gc.get_objects() if type(one) is types.FrameType]
     try:
         for ident, at in frames.items():
             while at is not None:

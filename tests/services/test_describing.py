@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -130,6 +131,23 @@ def test_a_client_may_ask_too() -> None:
     with md.Service("camera") as service, Stranger(service.path).greet() as one:
         told = one.answer(protocol.Describe(7))
         assert (told.id, told.clients, told.items) == (7, 1, ())
+
+
+def test_who_asks_and_does_not_read_is_dropped() -> None:
+    with md.Service("camera") as service, Stranger(service.path) as one:
+        memory = md.BufferMemoryDescriptor(100)
+        for number in range(200):
+            service.share(f"{number:0100}", memory)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it is dropped already
+            for _ in range(200):
+                one.send(protocol.Describe(1, 0))
+        answers = 0
+        while not one.is_ended():
+            answers += 1
+        assert (
+            0 < answers < 100
+        )  # as many as lie in a socket; of one that does not end there is 200
+        assert ask(service.path)[0].shares == 200
 
 
 def test_many_items_come_in_pages() -> None:

@@ -40,6 +40,9 @@ class UserClient(
         if service is None:
             return
         if isinstance(message, protocol.Describe):  # who looks after the service is no client
+            if self._queue:  # and asks again when he has read
+                self._drop("it asked what the service does, and read nothing of it")
+                return
             self._answer(message.id, lambda: (describe(service, self.task, message), []))
             return
         if self.admitted:

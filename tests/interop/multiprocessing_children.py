@@ -88,6 +88,13 @@ def install_send_and_die(pipe: Any) -> None:
     send_and_die(pipe)
 
 
+def install_and_send(pipe: Any) -> None:
+    """Send an array that this process keeps itself, until it was received."""
+    handles.install()
+    pipe.send(make(10))
+    pipe.recv()
+
+
 def few_descriptors(count: int) -> None:
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))

@@ -194,6 +194,20 @@ def test_where_the_first_process_did_not_install_the_senders_end_is_told() -> No
 
 
 @pytest.mark.slow
+def test_senders_that_have_ended_leave_no_way_to_them() -> None:
+    """Where the first process did not install, each sender is a holder, which ends with it."""
+    context = multiprocessing.get_context("fork")
+    before = len(transit.ways._links)
+    for _ in range(4):
+        ours, theirs = context.Pipe()
+        with ours, theirs, started("fork", children.install_and_send, theirs):
+            assert ours.recv().tolist() == list(range(10))
+            assert len(transit.ways._links) <= before + 1
+            ours.send(None)
+    transit.ways.close()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_a_process_that_can_not_be_started_leaves_nothing(method: str, installed: None) -> None:
     context = multiprocessing.get_context(method)

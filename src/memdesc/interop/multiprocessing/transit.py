@@ -24,6 +24,7 @@ import fcntl
 import hashlib
 import multiprocessing
 import os
+import select
 import socket as sockets
 import struct
 import weakref
@@ -51,7 +52,6 @@ from memdesc.vm.forks import lock_for, tell_child
 
 PATIENCE = 60.0
 """Seconds that a holder has for an answer: its process may be stopped, or hold the GIL."""
-
 _KEEP, _TAKE, _YES, _NO = b"K", b"T", b"y", b"n"
 _CREDENTIALS = struct.Struct("3i")
 _TOKEN = 16
@@ -354,12 +354,18 @@ class Link:
 
     def close(self) -> None:
         """Hang up."""
-        self._sock.close()
+        if hasattr(self, "_sock"):
+            self._sock.close()
+
+    __del__ = close
 
     @property
     def closed(self) -> bool:
-        """Whether it can be asked no more."""
-        return self._sock.fileno() < 0
+        """Whether it can be asked no more: this end, or the holder, has hung up."""
+        poller = select.poll()
+        if (fd := self._sock.fileno()) >= 0:
+            poller.register(fd, 0)  # no answer that is on its way, its end alone
+        return fd < 0 or bool(poller.poll(0))
 
 
 def _user_of(sock: sockets.socket) -> int:
@@ -417,6 +423,8 @@ class Ways:
     def _link(self, address: bytes) -> Link:
         link = self._links.get(address)
         if link is None or link.closed:
+            # Many a sender was a holder, and has ended.
+            self._links = {at: known for at, known in self._links.items() if not known.closed}
             link = self._links[address] = Link(address)
         return link
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from children import in_child
 
 import memdesc as md
 from memdesc import debug
@@ -218,6 +219,18 @@ def test_many_threads_may_make_things_meanwhile(noted: None) -> None:
     while any(thread.is_alive() for thread in threads):
         assert all(one.nbytes for one in debug.live() if one.kind == "BufferMemoryDescriptor")
     assert debug.live() == []
+
+
+def test_a_fork_child_knows_what_it_inherits(noted: None) -> None:
+    with md.BufferMemoryDescriptor(100, name="frames"), md.Service("camera"):
+
+        def look() -> list[tuple[str, str, int]]:
+            return [(one.kind, one.name, one.site.line) for one in debug.live()]
+
+        there = in_child(look)
+        assert ("BufferMemoryDescriptor", "frames") in {(kind, name) for kind, name, _ in there}
+        assert "Service" not in {kind for kind, _, _ in there}  # it is the parent's
+        assert "Service" in {kind for kind, _, _ in look()}
 
 
 PROGRAM = """

@@ -453,7 +453,9 @@ def test_the_name_of_another_block_is_not_unlinked(closing: Closing) -> None:
     other.close()
 
 
-@pytest.mark.parametrize("name", ["", "/", ".", "..", "/..", "a/b", "a/", "nul\0", "x" * 256, 5])
+@pytest.mark.parametrize(
+    "name", ["", "/", ".", "..", "/..", "a/b", "a/", "nul\0", "x" * 256, "\ud800", 5]
+)
 def test_names_that_are_none(name: Any) -> None:
     for create in (True, False):
         with pytest.raises(InvalidArgument):
@@ -488,10 +490,28 @@ def test_another_user_finds_nothing(closing: Closing, tmp_path: Path) -> None:
         become(NOBODY)
         with pytest.raises((BlockNotFoundError, AccessDeniedError)):
             SharedMemory(block.name)
+        with pytest.raises(AccessDeniedError) as refused:  # and it is told of this, not of later
+            SharedMemory(block.name, create=True, size=1)
+        assert refused.value.errno == errno.EACCES
 
     if os.geteuid() == NOBODY:
         pytest.skip("this is that other user")
     in_child(look)
+
+
+def test_a_folder_that_has_gone_keeps_no_descriptor(runtime_dir: Path) -> None:
+    block = SharedMemory("frames", create=True, size=3)
+    other = SharedMemory("frames")
+    (place,) = runtime_dir.glob(f"*/blocks/{block._holding.token}")
+    before = memfds_of("self", "frames")
+    shutil.rmtree(place)
+    place.touch()  # then what is beneath it can not even be looked for
+    other.close()
+    assert memfds_of("self", "frames") < before
+    place.unlink()
+    block.unlink()
+    block.close()
+    assert memfds_of("self", "frames") == 0
 
 
 def test_a_holder_that_can_not_be_looked_into_says_so() -> None:

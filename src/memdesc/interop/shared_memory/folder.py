@@ -94,7 +94,11 @@ def check_name(name: str) -> str:
     if not isinstance(name, str):
         raise InvalidArgument(f"name is of type {type(name).__name__}: give a str")
     bare = name.lstrip("/")
-    if bare in ("", ".", "..") or "/" in bare or "\0" in bare or len(os.fsencode(bare)) > 255:
+    try:
+        nbytes = len(os.fsencode(bare))
+    except UnicodeEncodeError:  # a lone surrogate that stands for no byte
+        nbytes = 0
+    if bare in (".", "..") or "/" in bare or "\0" in bare or not 0 < nbytes <= 255:
         raise InvalidArgument(
             f"{name[:300]!r} is no name for shared memory: give up to 255 bytes without a slash "
             "in them (one before them is left out) and without NUL",

@@ -112,7 +112,8 @@ class Holding:
         """Say no longer that this process has it; whether nobody else says so."""
         entry, self._entry = self._entry, None
         if entry is not None:
-            with contextlib.suppress(FileNotFoundError):
+            # What can not be removed (the folder is gone, or not ours) /proc shows to be false.
+            with contextlib.suppress(OSError):
                 os.unlink(entry)
         return self._remove()
 
@@ -132,8 +133,9 @@ class Holding:
             return
         last = self._untell()  # before the number can mean something else
         os.close(fd)
-        if not last and not self.named and not anyone(self.own, self.token):
-            self._remove()  # nobody looks there by the name: what the dead left goes now
+        with contextlib.suppress(OSError):  # it may not be ours to look at
+            if not last and not self.named and not anyone(self.own, self.token):
+                self._remove()  # nobody looks there by the name: what the dead left goes now
 
     def leave(self) -> bool:
         """At the end of this process, let go; whether that leaves nobody who holds it.

@@ -57,11 +57,6 @@ with memdesc.Service("model") as service:
     BLOCK 0
 assert weights.shape == (100,) and not weights.flags.writeable
 """,
-    "recycling": """
-import memdesc as md
-BLOCK 0
-BLOCK 1
-""",
     "services": """
 import os
 from types import SimpleNamespace

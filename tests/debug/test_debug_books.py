@@ -100,6 +100,11 @@ def test_services_connections_streams_files_and_wiring_are_listed(
         "UserClient": f"task {os.getpid()}",
         "DirectFile": str(path),
     }.items() <= there.items()
+    queue = md.create_data_queue(4096, name="orders")
+    with md.Producer(queue):
+        assert ("Producer", "orders") in names()
+    queue.close()
+    del queue
     assert any("Stream" in kind for kind in there)
     assert any("Subscription" in kind for kind in there)
     assert {kind for kind, _ in names()} <= {"MappedMemory"}

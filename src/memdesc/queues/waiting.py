@@ -14,6 +14,7 @@ from memdesc.descriptors.sub import SubMemoryDescriptor
 from memdesc.errors import ClosedError, InvalidArgument, PeerGoneError, ProtocolError, TimedOutError
 from memdesc.queues.layout import CONTROL, MAX_CAPACITY
 from memdesc.queues.notify import own_socket
+from memdesc.vm import tracing
 from memdesc.vm.forks import lock_for, tell_child
 from memdesc.vm.pages import Access, page_size
 from memdesc.vm.task import Task, check_task
@@ -55,6 +56,10 @@ class QueueStatistics:
     notifications: int
 
 
+def _told(end: End) -> tracing.Told:
+    return None if end.closed else (end.name, end.capacity)
+
+
 class End(_core.RingEnd):
     """Base of both ends. `_OTHER` is what the other one is called."""
 
@@ -94,6 +99,8 @@ class End(_core.RingEnd):
                 errno=errno.EPROTO,
             )
         tell_child(self)  # two ends with one position would overwrite each other
+        if tracing.books is not None:
+            tracing.books.note(self, _told)
 
     @property
     def closed(self) -> bool:

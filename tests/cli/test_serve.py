@@ -139,12 +139,13 @@ def test_quiet_says_nothing_but_errors(tmp_path: Path) -> None:
             kept = connection["weights"]
         path.write_bytes(b"rubbish")
         process.send_signal(signal.SIGHUP)
-        line = process.stderr.readline().decode()
-        assert line.startswith("memdesc serve: ")
-        assert str(path) in line
+        line = process.stderr.readline()
+        assert line.startswith(b"memdesc serve: ")
+        assert str(path) in line.decode()
         process.send_signal(signal.SIGINT)
         out, told = process.communicate(timeout=PATIENCE)
-    assert (process.returncode, out, told) == (130, b"", b"")
+    # A machine that was slow with the signal has seen of itself, too, that the file was changed.
+    assert (process.returncode, out, told.replace(line, b"")) == (130, b"", b"")
     assert kept.tolist() == [1, 1, 1]
     with pytest.raises(md.ServiceNotFoundError):
         md.connect("model", timeout=0)

@@ -274,6 +274,7 @@ HOSTILE_NPZ = {
     "a bomb's claim": patched(BOMB, SIZE, 0xFFFF_FFF0),
     "deflated to more than it says": patched(BOMB, SIZE, 1000),
     "two entries in one place": patched(archive(("a.npy", GOOD), ("b.npy", GOOD)), START, 0, nth=1),
+    "an entry without a name": archive(("a.npy", GOOD)).replace(b"a.npy", b"\0.npy"),
     "encrypted": patched(archive(("a.npy", GOOD)), FLAGS, 1, size=2),
     "another method": archive(("a.npy", GOOD), method=zipfile.ZIP_BZIP2),
     "a .npy that is none": archive(("a.npy", b"rubbish")),

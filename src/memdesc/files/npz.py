@@ -30,7 +30,8 @@ BAD_ZIP = (zipfile.BadZipFile, zlib.error, RuntimeError, ValueError, EOFError, s
 def find_arrays(file: OpenFile) -> list[StoredArray]:
     """Find the arrays of an archive; entries that are not called .npy are bytes."""
     with open_archive(file) as archive:
-        entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+        # Not is_dir(), which has an IndexError for an entry without a name (Python 3.11).
+        entries = [entry for entry in archive.infolist() if not entry.filename.endswith("/")]
         if not 0 < len(entries) <= MOST_ENTRIES:
             raise file.wrong(f"{len(entries):,} entries; 1 to {MOST_ENTRIES:,} are read", 0)
         _check_places(file, entries)

@@ -9,6 +9,7 @@ import gc
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -71,6 +72,10 @@ def runtime_dir() -> Iterator[Path]:
     else:
         os.environ["MEMDESC_RUNTIME_DIR"] = before
     shutil.rmtree(folder)
+    # A fork server has the environment of the test that it was started in, and so the folder.
+    started = sys.modules.get("multiprocessing.forkserver")
+    if started is not None:
+        started._forkserver._stop()
 
 
 @pytest.fixture(autouse=True)

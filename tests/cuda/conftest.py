@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
-from fake_driver import FakeDriver
+from fake_driver import FakeDriver, MemoryOf
 
 import memdesc as md
 from memdesc.dma.cuda import CudaDevice, CudaDriver, copies, registrations
 from memdesc.dma.cuda.driver import Driver
-
-MemoryOf = Callable[[int], int]
 
 
 @pytest.fixture(autouse=True)

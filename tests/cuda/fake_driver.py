@@ -27,6 +27,9 @@ from memdesc.dma.cuda.driver import (
     device_error,
 )
 
+MemoryOf = Callable[[int], int]
+"""Of the fixture `memory_of`."""
+
 INVALID_HANDLE = 400
 _AWAY = 1 << 46
 """What the device adds to an address of registered memory: its pointers are its own."""

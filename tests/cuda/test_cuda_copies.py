@@ -9,8 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
-from conftest import MemoryOf
-from fake_driver import FakeDriver, mapped
+from fake_driver import FakeDriver, MemoryOf, mapped
 
 import memdesc as md
 from memdesc import Access, BufferMemoryDescriptor, MultiMemoryDescriptor, SubMemoryDescriptor

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import MemoryOf
-from fake_driver import FakeDriver
+from fake_driver import FakeDriver, MemoryOf
 
 import memdesc as md
 from memdesc.dma import CudaDevice

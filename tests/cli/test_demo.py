@@ -219,6 +219,13 @@ def test_a_missing_file(files: list[Path], tmp_path: Path) -> None:
     assert "No such file" in refused(files[1], tmp_path / "missing")
 
 
+def test_a_name_that_moves_the_cursor_is_made_harmless(tmp_path: Path) -> None:
+    done = run_demo(tmp_path / "mis\x1b[2Jsing")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "mis\\x1b[2Jsing" in done.stderr
+    assert done.stderr.rstrip("\n").isprintable()
+
+
 def test_a_directory(tmp_path: Path) -> None:
     assert "directory" in refused(tmp_path)
 

@@ -138,8 +138,9 @@ def test_tasks_that_are_not_there(tmp_path: Path) -> None:
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
         assert f"{pid}" in done.stderr
     assert memdesc("map", "0").returncode == 2
-    done = memdesc("map", os.getpid(), "--svg", tmp_path / "no" / "such" / "folder")
+    done = memdesc("map", os.getpid(), "--svg", tmp_path / "no" / "\x1b[2Jsuch" / "folder")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert "\x1b" not in done.stderr
 
 
 def test_an_ordinary_user_of_another_users_task() -> None:

@@ -50,6 +50,7 @@ def demo(files: tuple[Path, ...], as_json: bool, clients: int) -> None:
     from memdesc.cli.demo import run
     from memdesc.cli.demo_files import UnusableFile
     from memdesc.cli.demo_screen import Screen
+    from memdesc.cli.words import harmless
 
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGHUP, _stop)
@@ -57,7 +58,7 @@ def demo(files: tuple[Path, ...], as_json: bool, clients: int) -> None:
     try:
         report = run(list(files), clients, screen)
     except UnusableFile as error:
-        print(f"memdesc demo: {error}", file=sys.stderr)
+        print(f"memdesc demo: {harmless(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("memdesc demo: interrupted; all that it had started was ended", file=sys.stderr)
@@ -185,14 +186,14 @@ def map_(pid: int, whole: bool, svg: Path | None, as_json: bool) -> None:
     from memdesc.cli.map import gather
     from memdesc.cli.map_screen import MapScreen
     from memdesc.cli.map_svg import draw
-    from memdesc.cli.words import as_json as to_json
+    from memdesc.cli.words import as_json as to_json, harmless
 
     report = gather(pid)
     if svg is not None and report["hidden"] is None:
         try:
             svg.write_text(draw(report, fold=not whole), encoding="ascii")
         except OSError as error:
-            print(f"memdesc map: {svg}: {error.strerror}", file=sys.stderr)
+            print(f"memdesc map: {harmless(str(svg))}: {error.strerror}", file=sys.stderr)
             sys.exit(1)
     if as_json:
         print(to_json(report))

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from memdesc.cli.demo_acts import Act, mb, shorten
 from memdesc.cli.demo_compare import MOST_ROUNDS, WAYS
 from memdesc.cli.printer import Printer
+from memdesc.cli.words import harmless
 
 
 class Screen(Printer):
@@ -50,7 +51,7 @@ class Screen(Printer):
             style="bold",
         )
         for one in files:
-            name = one["path"]
+            name = harmless(one["path"])
             self._line(f"{mb(one['nbytes']):>10}  {one['sha256'][:12]}  {name}", indent=7, hang=26)
 
     @contextmanager

@@ -144,13 +144,13 @@ class PageBlock(_core.Exporter):
                     errno=errno.EINVAL,
                 )
             if self._window.exports:
-                error = BufferError(
-                    f"{self!r} has {self._window.exports} live view(s), arrays or memoryviews: "
-                    "delete them first"
+                raise tracing.blamed(
+                    BufferError(
+                        f"{self!r} has {self._window.exports} live view(s), arrays or memoryviews: "
+                        "delete them first"
+                    ),
+                    views_of=self._window,
                 )
-                if tracing.books is not None:
-                    tracing.books.blame(error, views_of=self._window)
-                raise error
             self._window = None
         if self.descriptor is not None:
             self.descriptor.close()

@@ -284,13 +284,13 @@ class Zone(ChunkList):
                 errno=errno.EINVAL,
             )
         if element.exports:
-            error = BufferError(
-                f"element number {element.number} of {self!r} has {element.exports} live view(s): "
-                "release them (memoryview.release, del of arrays) before it is freed"
+            raise tracing.blamed(
+                BufferError(
+                    f"element number {element.number} of {self!r} has {element.exports} live "
+                    "view(s): release them (memoryview.release, del of arrays) before it is freed"
+                ),
+                views_of=element,
             )
-            if tracing.books is not None:
-                tracing.books.blame(error, views_of=element)
-            raise error
         self.free(element)  # the views went meanwhile, in another thread
 
     def _take_all(self) -> None:

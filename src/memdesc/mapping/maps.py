@@ -233,13 +233,13 @@ class LocalMemoryMap(MemoryMap, GivesArrays, _core.Exporter):
             self._drop()
 
     def _in_use(self, window: _core.Window) -> BufferError:
-        error = BufferError(
-            f"the mapping at {self.address:#x} has {window.exports} live view(s), arrays or "
-            "memoryviews: delete them first, or leave a with block instead"
+        return tracing.blamed(
+            BufferError(
+                f"the mapping at {self.address:#x} has {window.exports} live view(s), arrays or "
+                "memoryviews: delete them first, or leave a with block instead"
+            ),
+            views_of=window,
         )
-        if tracing.books is not None:
-            tracing.books.blame(error, views_of=window)
-        return error
 
     def _let_go(self) -> None:
         with self._lock:

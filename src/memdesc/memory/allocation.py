@@ -155,8 +155,7 @@ def allocate(request: Request) -> Allocation:
     try:
         allocation = _allocate_or_trim(request)
     except AllocationError as error:
-        if tracing.books is not None:
-            tracing.books.blame(error, of=("BufferMemoryDescriptor", "MappedMemory"))
+        tracing.blamed(error, of=("BufferMemoryDescriptor", "MappedMemory"))
         raise
     allocation.kind = kind
     return allocation

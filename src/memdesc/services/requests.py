@@ -11,6 +11,7 @@ import os
 import socket as sockets
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from memdesc.errors import (
@@ -164,16 +165,16 @@ class Requester(Channel):
             return answer, fds
         discard(fds)
         if isinstance(answer, protocol.Failed):
-            refusal = rebuilt(answer)
-            if tracing.books is not None and isinstance(refusal, LimitError):
-                tracing.books.blame(refusal, of=("Subscription", "Connection"))
-            raise refusal
+            raise _refusal(answer)
         error = ProtocolError(
             f"task {self.task.pid} answered {type(answer).__name__}, not {kind.__name__}",
             errno=errno.EPROTO,
         )
-        self._loop.post(lambda: self._end(error))
-        raise error
+        try:
+            self._loop.post(partial(self._end, error))
+            raise error
+        finally:
+            del error  # see tracing.blamed
 
     def _give_up(self, number: int, undo: Callable[[Any], None] | None) -> bool:
         """Wait no longer for an answer; False if it came, or the connection ended, meanwhile."""
@@ -234,6 +235,13 @@ class Requester(Channel):
 
 def _ignore(_: Any) -> None:
     """What undoes an answer that changed nothing."""
+
+
+def _refusal(answer: protocol.Failed) -> BaseException:
+    error = rebuilt(answer)
+    if isinstance(error, LimitError):
+        tracing.blamed(error, of=("Subscription", "Connection"))
+    return error
 
 
 def _name(message: Any) -> str:

@@ -405,14 +405,14 @@ class Stream(_core.StreamPool):
         return ClosedError(f"this slot of stream {self.name!r} was {what}: loan another one")
 
     def _too_many_loans(self) -> NoReturn:
-        error = AllocationError(
-            f"stream {self.name!r} has {self.loans} slot(s) loaned, as many as may be at a time: "
-            "publish or discard one, or make it with loans=",
-            errno=errno.ENOBUFS,
+        raise tracing.blamed(
+            AllocationError(
+                f"stream {self.name!r} has {self.loans} slot(s) loaned, as many as may be at a "
+                "time: publish or discard one, or make it with loans=",
+                errno=errno.ENOBUFS,
+            ),
+            views_of=self.memory._window.memory,
         )
-        if tracing.books is not None:
-            tracing.books.blame(error, views_of=self.memory._window.memory)
-        raise error
 
     def _check_nbytes(self, nbytes: Any) -> int:
         value = check_integer(nbytes, "nbytes")

@@ -405,14 +405,15 @@ class Subscription(_core.StreamSubscriber):
         )
 
     def _too_many_loans(self) -> NoReturn:
-        error = AllocationError(
-            f"this subscription of {self.name!r} holds {self.loans} slot(s), as many as it may, "
-            "arrays and memoryviews of earlier ones included: drop some, or subscribe with loans=",
-            errno=errno.ENOBUFS,
+        raise tracing.blamed(
+            AllocationError(
+                f"this subscription of {self.name!r} holds {self.loans} slot(s), as many as it "
+                "may, arrays and memoryviews of earlier ones included: drop some, or subscribe "
+                "with loans=",
+                errno=errno.ENOBUFS,
+            ),
+            views_of=self._pool,
         )
-        if tracing.books is not None:
-            tracing.books.blame(error, views_of=self._pool)
-        raise error
 
 
 @contextlib.contextmanager

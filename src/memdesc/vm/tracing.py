@@ -6,7 +6,9 @@ Off, as nearly always, `books` is None, and each such place costs that one look.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+
+_E = TypeVar("_E", bound=BaseException)
 
 Told = tuple[str, int] | None
 """What a thing says of itself: its name and its bytes; None once it has ended."""
@@ -25,3 +27,14 @@ class Books(Protocol):
 
 
 books: Books | None = None
+
+
+def blamed(error: _E, *, views_of: object = None, of: Collection[str] = ()) -> _E:
+    """Give an error, with what `Books.blame` adds to it where one looks.
+
+    To be raised as it comes: a variable of the function that raises it would hold the error, which
+    holds that function's variables and its callers', until the collector runs.
+    """
+    if books is not None:
+        books.blame(error, views_of=views_of, of=of)
+    return error

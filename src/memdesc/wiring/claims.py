@@ -109,10 +109,7 @@ class _Books:
                 with contextlib.suppress(OSError):
                     _core.munlock(start, end - start)
             if isinstance(error, OSError) and not isinstance(error, MemdescError):
-                told = causes.explain(error, doing, tried)
-                if tracing.books is not None:
-                    tracing.books.blame(told, of=("Wire",))
-                raise told from error
+                raise tracing.blamed(causes.explain(error, doing, tried), of=("Wire",)) from error
             raise
 
     def _count_added(self, fresh: list[Run]) -> None:

@@ -189,6 +189,7 @@ class CallsTo(Link):
             ) from error
         finally:
             pending.cancel()
+            del pending  # it keeps its error, which keeps this frame
 
     async def __aenter__(self) -> Self:
         return self

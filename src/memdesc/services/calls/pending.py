@@ -70,13 +70,17 @@ class PendingCall(Future[Any]):
     def result(self, timeout: float | None = None) -> Any:
         """Give what the method returned, waiting for it; raises what it raised."""
         end = self._end_of_connection()
-        if end is not None:
-            raise end
-        super().result(timeout)
-        value, error = self._outcome()
-        if error is not None:
-            raise error
-        return value
+        error: BaseException | None = None
+        try:
+            if end is not None:
+                raise end
+            super().result(timeout)
+            value, error = self._outcome()
+            if error is not None:
+                raise error
+            return value
+        finally:
+            del self, end, error  # see tracing.blamed; and a call keeps its error
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Give what the call raised, or None, waiting for it."""
@@ -99,7 +103,8 @@ class PendingCall(Future[Any]):
                 try:
                     self._decoded = self._read(answer, fds), None
                 except Exception as error:  # noqa: BLE001 (it goes to who asks)
-                    self._decoded = None, error
+                    # Without this frame, which has the call, which has the error.
+                    self._decoded = None, error.with_traceback(None)
             return self._decoded
 
     def _drop(self) -> None:

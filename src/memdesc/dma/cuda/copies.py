@@ -12,7 +12,6 @@ that sleeps in cudaEventSynchronize, without the GIL.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import sys
 import threading
@@ -30,6 +29,8 @@ from memdesc.queues.waiting import SPIN, deadline_of, time_left, timed_out
 from memdesc.vm.forks import lock_for, tell_child
 
 if TYPE_CHECKING:
+    import asyncio
+
     from memdesc.dma.cuda.device import CudaDevice
 
 Span = tuple[int, int, int]
@@ -246,6 +247,8 @@ class Copy:
         return self._awaited().__await__()
 
     async def _awaited(self) -> None:
+        import asyncio  # it is large, and most wait otherwise
+
         while not self.done:
             self._watched = True  # first: nobody else is to get the event meanwhile
             event = self._event

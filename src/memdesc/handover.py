@@ -251,12 +251,21 @@ def send_descriptor(
     """
     import msgspec
 
+    _check_socket(sock)
     portable, fds = pack(descriptor, access, enforced=enforced, user=_peer_user(sock))
     try:
         header = msgspec.msgpack.encode(portable)
         send_with_fds(sock, _PREFIX.pack(_MAGIC, len(header)) + header, fds)
     finally:
         close_all(fds)
+
+
+def _check_socket(sock: object) -> None:
+    if not isinstance(sock, sockets.socket):
+        raise InvalidArgument(
+            f"sock is of type {type(sock).__name__}: give a connected socket.socket of AF_UNIX "
+            "(socket.socket(fileno=…) makes one of a descriptor)"
+        )
 
 
 def receive_descriptor(sock: sockets.socket) -> ReceivedMemoryDescriptor:
@@ -275,6 +284,7 @@ def receive_descriptor(sock: sockets.socket) -> ReceivedMemoryDescriptor:
 
     from memdesc.portable import UNREADABLE
 
+    _check_socket(sock)
     data, fds = receive_with_fds(sock, _PREFIX.size + MAX_HEADER, _PREFIX.size)
     try:
         magic, length = _PREFIX.unpack_from(data)

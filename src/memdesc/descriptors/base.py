@@ -416,8 +416,16 @@ def check_descriptor(value: object, what: str) -> MemoryDescriptor:
     """Give a descriptor back, else raise `InvalidArgument` with what to do."""
     if isinstance(value, MemoryDescriptor):
         return value
-    raise InvalidArgument(
-        f"{what} is of type {type(value).__name__}: give a MemoryDescriptor; "
+    from memdesc.descriptors.homes import home_of
+
+    advice = (
         "MemoryDescriptor.with_buffer(…) describes a buffer or array that exists already, and "
         "`block.descriptor` a block of io_malloc_aligned or io_malloc_contiguous"
+    )
+    if hasattr(value, "__array_interface__"):
+        advice = "md.descriptor_of(md.asarray(array)) gives one of a copy of this array"
+        if home_of(value) is not None:
+            advice = "this array lies in one: md.descriptor_of(array) gives it"
+    raise InvalidArgument(
+        f"{what} is of type {type(value).__name__}: give a MemoryDescriptor; {advice}"
     )

@@ -11,8 +11,9 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Self, cast
+from collections.abc import Callable, Mapping
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NoReturn, Self, cast
 
 from memdesc.copyio import Route, route
 from memdesc.errors import (
@@ -21,6 +22,7 @@ from memdesc.errors import (
     MemdescError,
     PeerGoneError,
     ProtocolError,
+    ShareNotFoundError,
     TimedOutError,
 )
 from memdesc.services import folder, protocol
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from memdesc.services.user_client import UserClient
 
 Allow = Callable[[Task], bool]
+Offers = dict[str, tuple[Mapping[str, Any], Callable[[Any], Allow | None]]]
+"""By kind: what there is by name, and what tells the rule of each."""
 
 STRANGERS = 128
 """Clients that may be connected without having greeted; one more, and the oldest goes."""
@@ -330,10 +334,21 @@ class Accepting:
         self._strangers.clear()
 
     def __enter__(self) -> Self:
+        self._check_open()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"service {self.name!r} belongs to this process: connect({self.name!r}) in the other "
+            "one instead of pickling it"
+        )
+
+    def _offers(self) -> Offers:
+        """What clients find by name, by the method of `Connection` that opens it."""
+        return {}
 
 
 def _told(service: Accepting) -> tracing.Told:
@@ -389,6 +404,33 @@ def allows(rule: Allow | None, client: Accepted, what: str) -> bool:
     except BaseException:
         log.exception("service.rule_failed", extra={"share": what})
         return False
+
+
+def not_offered(
+    service: Accepting, client: Accepted, kind: str, name: str, what: str
+) -> ShareNotFoundError:
+    """Say that a client finds nothing of a name, and what it would; nothing that a rule hides."""
+    with service._lock:
+        offers = service._offers()
+        known, rule_of = offers[kind]
+        others = [
+            (method, rule(them[name]))
+            for method, (them, rule) in offers.items()
+            if method != kind and name in them
+        ]
+        # Without a rule, so none is called for what nobody asked for; of few, as clients may ask
+        # again and again.
+        few = [one for one in islice(known, 64) if rule_of(known[one]) is None]
+    told = f"service {service.name!r} {what} {name[:80]!r} with you"
+    for method, rule in others:
+        if allows(rule, client, name):
+            told += f": it is had by {method}({name[:80]!r})"
+            break
+    else:
+        if few:
+            told += f"; there is {', '.join(repr(one[:80]) for one in few[:5])}"
+            told += ", …" if len(few) > 5 else ""
+    return ShareNotFoundError(told, errno=errno.ENOENT)
 
 
 def _abandon(io: Loop, listener: folder.Listener) -> None:

@@ -16,7 +16,7 @@ import socket as sockets
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from memdesc import errors
 from memdesc.errors import (
@@ -137,7 +137,14 @@ class Channel:
     def _end_after_reading(self) -> None:
         """End for a peer that has gone, after what it said before. On the I/O thread."""
         self._ready(selectors.EVENT_READ)
-        self._end(gone(self.task))
+        self._end(self._peer_gone())
+
+    def _peer_gone(self) -> PeerGoneError:
+        """What a connection ends with that the peer has ended."""
+        return gone(self.task)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a connection belongs to this process: connect(…) in the other one")
 
     def _clear_queue(self) -> None:
         for _, fds in self._queue:
@@ -261,11 +268,11 @@ class Channel:
             except (BlockingIOError, InterruptedError):
                 return
             except OSError:
-                self._end(gone(self.task))
+                self._end(self._peer_gone())
                 return
             if not data:
                 discard(fds)
-                self._end(gone(self.task))
+                self._end(self._peer_gone())
                 return
             self._receive(data, fds, lost)
 

@@ -54,8 +54,7 @@ def runtime_folder() -> Path:
 
 def socket_path(name: str) -> Path:
     """Give the path of a service's socket."""
-    if not name or "\0" in name or name in (".", ".."):
-        raise InvalidArgument(f"{name!r} is no name for a service")
+    _check_name(name)
     path = Path(name) if "/" in name else runtime_folder() / name
     if len(os.fsencode(path)) > _PATH_MAX:
         raise InvalidArgument(
@@ -63,6 +62,14 @@ def socket_path(name: str) -> Path:
             f"{_PATH_MAX}: choose a shorter name, or set MEMDESC_RUNTIME_DIR"
         )
     return path
+
+
+def _check_name(name: str) -> None:
+    if not isinstance(name, str) or not name or "\0" in name or name in (".", ".."):
+        raise InvalidArgument(
+            f"{name!r} is no name for a service: give text, like 'camera', or with a slash the "
+            "path of its socket, in a folder that exists"
+        )
 
 
 def open_folder(name: str) -> None:
@@ -73,6 +80,7 @@ def open_folder(name: str) -> None:
     AccessDeniedError
         The folder is another user's, or others may enter it (EACCES).
     """
+    _check_name(name)
     if "/" in name:
         return
     folder = runtime_folder()
@@ -252,7 +260,9 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InvalidArgument(
-            f"the folder {path.parent} does not exist: make it first", errno=error.errno
+            f"the folder {path.parent} does not exist: make it first (a service's name with a / "
+            "is a path)",
+            errno=error.errno,
         ) from error
     except OSError as error:
         if isinstance(error, MemdescError):

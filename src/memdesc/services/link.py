@@ -102,13 +102,23 @@ class Link(Peer):
             left = None if until is None else max(until - time.monotonic(), 0.05)
             try:
                 return self.request(question(self.next_id(), name), kind, timeout=left)
-            except ShareNotFoundError:
+            except ShareNotFoundError as error:
                 if until is not None and time.monotonic() + pause > until:
-                    raise
+                    waited = f" (waited {timeout} s)" if timeout else ""
+                    raise ShareNotFoundError(error.message + waited, errno=error.errno) from None
             time.sleep(pause)
             pause = min(pause * 1.5, 0.05)
 
+    def _peer_gone(self) -> PeerGoneError:
+        return PeerGoneError(
+            f"service {self.name!r} (task {self.task.pid}) has gone, or ended the connection: "
+            "connect again, or connect(…, reconnect=True) in the first place, which does",
+            errno=errno.ECONNRESET,
+        )
+
     def __enter__(self) -> Self:
+        if isinstance(self._gone, ClosedError):
+            raise self._gone_again()
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -6,7 +6,7 @@ import functools
 import inspect
 import select
 from collections.abc import Callable
-from typing import Any, final
+from typing import Any, Self, final
 
 from memdesc.errors import ClosedError, MemdescError
 from memdesc.services.connection import Connection
@@ -74,6 +74,11 @@ class ReconnectingConnection(Connection):
                 if self.closed:  # meanwhile, by another thread
                     self._current.close()
             return self._current
+
+    def __enter__(self) -> Self:
+        if self._ended_here:
+            raise ClosedError(f"the connection to {self.name!r} was closed here")
+        return self
 
     @property
     def closed(self) -> bool:

@@ -34,6 +34,12 @@ _LATE_LIMIT = 16 * QUEUE_LIMIT
 """Requests that a peer may leave unanswered for good, before it is dropped."""
 
 
+SILENT = (
+    "(stopped, or busy holding the interpreter lock? Or it takes longer: give a longer timeout=)"
+)
+"""What can be the matter with a task that does not answer."""
+
+
 class Pending(Protocol):
     """A request that awaits its answer: None where none comes, as the connection ended."""
 
@@ -122,7 +128,7 @@ class Requester(Channel):
             if not pending.wait(timeout) and self._give_up(message.id, undo):
                 raise TimedOutError(
                     f"task {self.task.pid} did not answer {_name(message)} within "
-                    f"{timeout} s (stopped, or busy holding the interpreter lock?)",
+                    f"{timeout} s {SILENT}",
                     errno=errno.ETIMEDOUT,
                 )
         except BaseException:

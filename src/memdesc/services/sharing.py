@@ -14,6 +14,7 @@ from memdesc.descriptors.base import MemoryDescriptor, check_descriptor
 from memdesc.descriptors.buffer import BufferMemoryDescriptor
 from memdesc.descriptors.received import ReceivedMemoryDescriptor
 from memdesc.errors import (
+    ClosedError,
     InvalidArgument,
     MemdescError,
     ProtocolError,
@@ -24,7 +25,7 @@ from memdesc.errors import (
 from memdesc.handover import pack, unpack
 from memdesc.mapping import LocalMemoryMap
 from memdesc.services import protocol
-from memdesc.services.accepting import Accepted, Accepting, Allow, allows
+from memdesc.services.accepting import Accepted, Accepting, Allow, Offers, allows, not_offered
 from memdesc.services.limits import Limits
 from memdesc.services.link import Link
 from memdesc.vm.pages import Access
@@ -194,12 +195,11 @@ class Sharing(Accepting):
         with self._lock:
             shared = self._shares.get(name)
         if shared is None or not allows(shared.allow, client, name):
-            raise ShareNotFoundError(
-                f"service {self.name!r} shares no {name[:80]!r} with task {client.task.pid}: see "
-                "shares()",
-                errno=errno.ENOENT,
-            )
+            raise not_offered(self, client, "map", name, "shares no")
         return shared
+
+    def _offers(self) -> Offers:
+        return super()._offers() | {"map": (self._shares, lambda shared: shared.allow)}
 
     def _ending(self) -> None:
         super()._ending()
@@ -244,12 +244,18 @@ class SharingClient(Accepted):
         self, service: Service, request: protocol.OpenShare
     ) -> tuple[protocol.Opened, list[int]]:
         shared = service._find(self, request.name)
-        portable, fds = pack(
-            shared.descriptor,
-            shared.access,
-            enforced=shared.enforced,
-            user=self.task.credentials.uid,
-        )
+        try:
+            portable, fds = pack(
+                shared.descriptor,
+                shared.access,
+                enforced=shared.enforced,
+                user=self.task.credentials.uid,
+            )
+        except ClosedError as error:
+            raise ClosedError(
+                f"share {shared.name!r} of service {service.name!r}: the service closed what it "
+                "shares there"
+            ) from error
         service.opens += 1
         service.opened_bytes += shared.descriptor.length
         return protocol.Opened(request.id, shared.described(), portable), fds
@@ -460,7 +466,10 @@ def _check_layout(
         return None, None
     import numpy as np
 
-    kind = np.dtype("u1" if dtype is None else dtype)
+    try:
+        kind = np.dtype("u1" if dtype is None else dtype)
+    except (TypeError, ValueError, SyntaxError) as error:
+        raise InvalidArgument(f"{dtype!r} is no dtype: {error}", errno=errno.EINVAL) from error
     if kind.hasobject or kind.names:
         raise InvalidArgument(
             f"dtype {kind} can not travel: share it as bytes and give the dtype to array()"

@@ -14,14 +14,13 @@ from memdesc.errors import (
     MemdescError,
     PeerGoneError,
     ProtocolError,
-    ShareNotFoundError,
 )
 from memdesc.handover import close_all, discard, pack, unpack
 from memdesc.memory.memfd import fitting_name
 from memdesc.memory.page_kinds import PageKind
 from memdesc.queues import notification_pair
 from memdesc.services import protocol
-from memdesc.services.accepting import Accepted, Accepting, Allow, allows
+from memdesc.services.accepting import Accepted, Accepting, Allow, Offers, allows, not_offered
 from memdesc.services.limits import Limits
 from memdesc.services.link import Link
 from memdesc.services.queues.parts import socket_of
@@ -136,11 +135,14 @@ class Streaming(Accepting):
         with self._lock:
             stream, rule = self._streams.get(name, (None, None))
         if stream is None or stream.closed or not allows(rule, client, name):
-            raise ShareNotFoundError(
-                f"service {self.name!r} has no stream {name[:80]!r} for task {client.task.pid}",
-                errno=errno.ENOENT,
-            )
+            raise not_offered(self, client, "subscribe", name, "has no stream")
         return stream
+
+    def _offers(self) -> Offers:
+        def rule_of(known: tuple[Stream, Allow | None]) -> Allow | None:
+            return _nobody if known[0].closed else known[1]
+
+        return super()._offers() | {"subscribe": (self._streams, rule_of)}
 
     def close(self) -> None:
         """End the service: give up the name and end every connection. Again is a no-op."""
@@ -159,6 +161,11 @@ class Streaming(Accepting):
         """In a fork child: the streams stay the parent's."""
         super().forked()
         self._streams.clear()
+
+
+def _nobody(_: Task) -> bool:
+    """Who may have a stream that was closed."""
+    return False
 
 
 class StreamingClient(Accepted):

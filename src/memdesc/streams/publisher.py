@@ -166,7 +166,8 @@ class Stream(_core.StreamPool):
         RangeError
             It does not fit (EMSGSIZE), or the metadata does not.
         InvalidArgument
-            An array of another shape.
+            An array of another shape, or of a dtype that NumPy does not cast to the stream's as
+            ``casting="same_kind"``; numbers that the stream's dtype does not hold.
         TimedOutError, AllocationError, ClosedError
             As `loan`.
         """
@@ -176,17 +177,37 @@ class Stream(_core.StreamPool):
                 slot.nbytes = source.nbytes
                 _core.copy_memory(slot.buffer, source)
             else:
-                import numpy as np
-
-                source_array = np.asarray(data)
-                if source_array.shape != self.form.shape:
-                    raise InvalidArgument(
-                        f"an array of shape {source_array.shape} for stream {self.name!r} of "
-                        f"{self.form.shape}",
-                        errno=errno.EINVAL,
-                    )
-                slot.array[...] = source_array
+                self._fill(slot.array, data)
             slot.metadata = metadata
+
+    def _fill(self, slot: npt.NDArray[Any], data: Any) -> None:
+        """Copy an array, or lists of numbers, into a slot; nothing is changed silently."""
+        import numpy as np
+
+        source = np.asarray(data)
+        if source.shape != slot.shape:
+            raise InvalidArgument(
+                f"an array of shape {source.shape} for stream {self.name!r} of {slot.shape}",
+                errno=errno.EINVAL,
+            )
+        # Python's integers have no dtype of their own: what counts is whether they fit.
+        plain = isinstance(data, int | list | tuple) and source.dtype.kind in "iu"
+        if plain and slot.dtype.kind in "iu" and source.size:
+            limits = np.iinfo(slot.dtype)
+            low, high = int(source.min()), int(source.max())
+            if low < limits.min or high > limits.max:
+                raise InvalidArgument(
+                    f"numbers from {low} to {high} for stream {self.name!r} of {slot.dtype}, which "
+                    f"holds {limits.min} to {limits.max}",
+                    errno=errno.EINVAL,
+                )
+        elif not np.can_cast(source.dtype, slot.dtype, "same_kind"):
+            raise InvalidArgument(
+                f"an array of {source.dtype} for stream {self.name!r} of {slot.dtype}: give "
+                f"data.astype({str(slot.dtype)!r}) if its values may be changed so",
+                errno=errno.EINVAL,
+            )
+        np.copyto(slot, source, casting="unsafe")
 
     def _loan(self, timeout: float | None) -> _core.LoanedSlot:
         """Wait until every subscriber of policy BLOCK has room."""

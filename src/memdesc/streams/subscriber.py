@@ -13,7 +13,7 @@ from memdesc.descriptors.buffer import BufferMemoryDescriptor
 from memdesc.memory.memfd import fitting_name
 from memdesc.memory.page_kinds import PageKind
 from memdesc.queues.notify import own_socket
-from memdesc.vm.pages import Access
+from memdesc.vm.pages import Access, by_name
 from memdesc.vm.task import Task
 
 if TYPE_CHECKING:
@@ -33,6 +33,10 @@ class Backpressure(Enum):
     """It is not offered what comes meanwhile."""
     DISCONNECT = "disconnect"
     """It is dropped."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> Backpressure:
+        return by_name(cls, value, "policy")
 
 
 CODES = {policy: code for code, policy in enumerate(Backpressure)}

@@ -392,8 +392,8 @@ class Subscription(_core.StreamSubscriber):
         if why == _ENDED:
             raise PeerGoneError(f"stream {self.name!r} was closed", errno=errno.EPIPE)
         raise PeerGoneError(
-            f"the publisher of {self.name!r} has ended, or has dropped this subscription: "
-            "subscribe again",
+            f"the publisher of {self.name!r} has ended: connect again; or it has dropped this "
+            "subscription: subscribe again",
             errno=errno.ECONNRESET,
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from enum import Enum
-from typing import Final, NewType
+from typing import Final, NewType, TypeVar
 
 from memdesc.errors import InvalidArgument
 
@@ -23,6 +23,18 @@ page_size: Final[int] = os.sysconf("SC_PAGE_SIZE")
 
 MAX_LENGTH: Final[int] = 2**63 - 1
 """The largest length that Linux can express (off_t)."""
+
+
+_E = TypeVar("_E", bound=Enum)
+
+
+def by_name(kind: type[_E], value: object, what: str) -> _E:
+    """Find a choice by its name, in any case; `InvalidArgument` names those that there are."""
+    name = value.upper().replace("-", "_") if isinstance(value, str) else ""
+    if name not in kind.__members__:
+        choices = ", ".join(f"{kind.__name__}.{choice}" for choice in kind.__members__)
+        raise InvalidArgument(f"{value!r} is no {what}: give one of {choices}")
+    return kind[name]
 
 
 class Access(Enum):
@@ -42,7 +54,7 @@ class Access(Enum):
 
     @classmethod
     def _missing_(cls, value: object) -> Access:
-        raise InvalidArgument(f"{value!r} is no access: give Access.READ_ONLY or Access.READ_WRITE")
+        return by_name(cls, value, "access")
 
 
 class Direction(Enum):
@@ -63,7 +75,7 @@ class Direction(Enum):
 
     @classmethod
     def _missing_(cls, value: object) -> Direction:
-        raise InvalidArgument(f"{value!r} is no direction: give Direction.IN, OUT, OUT_IN or NONE")
+        return by_name(cls, value, "direction")
 
 
 def check_length(length: int, what: str = "length") -> int:

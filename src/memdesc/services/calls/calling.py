@@ -25,6 +25,7 @@ from memdesc.services.copier import read_own, write_own
 from memdesc.services.limits import Limits
 from memdesc.services.link import Link
 from memdesc.services.protocol.calls import Lent
+from memdesc.services.requests import SILENT
 from memdesc.vm.task import Task
 
 
@@ -184,7 +185,7 @@ class CallsTo(Link):
             if not limit.expired():
                 raise  # what the method raised
             raise TimedOutError(
-                f"task {self.task.pid} did not answer {method}() within {timeout} s",
+                f"task {self.task.pid} did not answer {method}() within {timeout} s {SILENT}",
                 errno=errno.ETIMEDOUT,
             ) from error
         finally:
@@ -192,7 +193,7 @@ class CallsTo(Link):
             del pending  # it keeps its error, which keeps this frame
 
     async def __aenter__(self) -> Self:
-        return self
+        return self.__enter__()
 
     async def __aexit__(self, *exc: object) -> None:
         self.close()

@@ -197,7 +197,7 @@ class Running:
                 return
             record = None
             if self.call.into is None:
-                value, record = outgoing.value(result)
+                value, record = self._packed(result, outgoing)
             else:
                 value = msgspec.Raw(_encode(self._fill(result, memory)))
             answer = protocol.Returned(self.call.id, value, tuple(outgoing.memory), record)
@@ -206,6 +206,23 @@ class Running:
             self._fail(error)
         finally:
             outgoing.close()
+
+    def _packed(self, result: Any, outgoing: Outgoing) -> tuple[msgspec.Raw, int | None]:
+        """Make the record of a result. Of what it is made of, a stranger learns nothing."""
+        try:
+            return outgoing.value(result)
+        except InvalidArgument as error:
+            log.warning(
+                "call.result_refused %s(): %s",
+                self._method.name,
+                error.message,
+                extra={"method": self._method.name, "pid": self._client.task.pid},
+            )
+            raise InvalidArgument(
+                f"the result of {self._method.name}() can not travel: the log of task "
+                f"{os.getpid()} says why",
+                errno=error.errno,
+            ) from error
 
     def _fill(self, result: Any, memory: Incoming) -> int:
         """Store the bytes of a result in the client's own buffer; there is no other one."""

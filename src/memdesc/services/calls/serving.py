@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 from memdesc.errors import LimitError, MemdescError, MethodNotFoundError, ProtocolError
@@ -154,9 +155,21 @@ class Calling(Accepting):
         method = self._methods.get(name)
         if method is None:
             raise MethodNotFoundError(
-                f"service {self.name!r} has no method {name[:80]!r}", errno=errno.ENOENT
+                f"service {self.name!r} has no method {name[:80]!r}{self._nearest(name)}",
+                errno=errno.ENOENT,
             )
         return method
+
+    def _nearest(self, name: str) -> str:
+        """Suggest the method that has nearly that name. Of few, short ones: clients wait."""
+        if len(name) > 40:
+            return ""
+        import difflib
+
+        with self._lock:
+            known = [one for one in islice(self._methods, 64) if len(one) <= 40]
+        near = difflib.get_close_matches(name, known, 1)
+        return f": perhaps {near[0]!r}" if near else ""
 
     def _loop_of(self, method: Method) -> AbstractEventLoop | None:
         """Where an async method runs; None for any other."""
@@ -165,6 +178,7 @@ class Calling(Accepting):
         return method.loop or self._events or self._workers.event_loop()
 
     async def __aenter__(self) -> Self:
+        self._check_open()
         self._events = running_loop()
         return self
 

@@ -14,14 +14,13 @@ from memdesc.errors import (
     LimitError,
     MemdescError,
     ProtocolError,
-    ShareNotFoundError,
 )
 from memdesc.handover import discard, unpack
 from memdesc.queues import Consumer, Producer
 from memdesc.queues.layout import MAX_CAPACITY, memory_for
 from memdesc.queues.waiting import SPIN
 from memdesc.services import protocol
-from memdesc.services.accepting import Accepted, Accepting, Allow, allows
+from memdesc.services.accepting import Accepted, Accepting, Allow, Offers, allows, not_offered
 from memdesc.services.errands import Errands
 from memdesc.services.failures import failed
 from memdesc.services.limits import Limits
@@ -159,6 +158,9 @@ class Queueing(Accepting):
         with self._lock:
             return dict(self._queues)
 
+    def _offers(self) -> Offers:
+        return super()._offers() | {"queue": (self._queues, lambda queue: queue._allow)}
+
     def _forget_queue(self, queue: object) -> None:
         with self._lock:
             self._queues = {
@@ -237,11 +239,7 @@ class QueueingClient(Accepted):
         queues = service.queues()
         queue = queues.get(request.name)
         if queue is None or not allows(queue._allow, self, queue.name):
-            raise ShareNotFoundError(
-                f"service {service.name!r} has no queue {request.name[:80]!r} for task "
-                f"{self.task.pid}",
-                errno=errno.ENOENT,
-            )
+            raise not_offered(service, self, "queue", request.name, "has no queue")
         theirs = [known for known in queues.values() if known._sweep(self)]
         if queue in theirs:
             raise InvalidArgument(

@@ -120,7 +120,7 @@ def test_copying_from_a_task() -> None:
     [
         lambda: way(-1),
         lambda: way(1, direction=Direction.NONE),
-        lambda: way(1, direction="out"),
+        lambda: way(1, direction="outward"),
         lambda: way_to_copy(-1, mappable=True),
         lambda: Thresholds(inline=None),  # type: ignore[arg-type]
         lambda: Thresholds(inline=-1),

@@ -93,7 +93,7 @@ def test_only_the_direction_out_leaves_memory_unwritten() -> None:
 
 
 @pytest.mark.parametrize("kind", [Access, Direction])
-@pytest.mark.parametrize("value", ["rw", "out", 99, None])
+@pytest.mark.parametrize("value", ["rw", "outward", 99, None])
 def test_words_that_are_none_of_ours_are_refused(kind: type, value: object) -> None:
     with pytest.raises(InvalidArgument):
         kind(value)

@@ -352,4 +352,9 @@ def test_folders_of_other_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_json_is_one_object(runtime_dir: Path) -> None:
     done = memdesc("ls", "--json")
-    assert set(json.loads(done.stdout)) == {"services", "buffers", "hidden_tasks"}
+    assert set(json.loads(done.stdout)) == {
+        "services",
+        "buffers",
+        "hidden_tasks",
+        "hidden_pids",
+    }

@@ -340,3 +340,12 @@ def test_how_files_are_named(
     for name in ("a.npy", "raw", "y=odd:u1"):
         (tmp_path / name).touch()
     assert parse_file(text) == source
+
+
+@pytest.mark.parametrize("text", ["raw:u1:axb", "raw:u1:", "raw:u1:3x", "x=raw:u1:3.5"])
+def test_a_shape_that_is_none(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "raw").touch()
+    with pytest.raises(md.InvalidArgument) as caught:
+        parse_file(text)
+    assert caught.value.errno == errno.EINVAL

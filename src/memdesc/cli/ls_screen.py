@@ -14,7 +14,7 @@ STATES = {
     "silent": "does not answer (stopped, or busy?)",
     "denied": "tells its own user and root alone",
     "unknown": "does not say what it has",
-    "dead": "dead: no one listens; the next service that is made there sweeps it",
+    "dead": "dead: no one listens; the next service there sweeps it",
     "missing": "there is no such service",
 }
 
@@ -37,8 +37,8 @@ class LsScreen(Printer):
             else:
                 self._row(one)
         self._no_service(report["buffers"], long=long)
-        if report["hidden_tasks"]:
-            self._line(hidden(report["hidden_tasks"]), style="yellow")
+        if long and report["hidden_tasks"]:
+            self._line(hidden(report["hidden_tasks"], report["hidden_pids"]), style="yellow")
 
     # -- services --------------------------------------------------------------------------------
 
@@ -181,10 +181,13 @@ def _made_of(objects: Sequence[dict[str, Any]]) -> list[str]:
     return told
 
 
-def hidden(tasks: int) -> str:
-    """Say that some tasks could not be looked at, and what shows them."""
+def hidden(tasks: int, pids: Sequence[int] = ()) -> str:
+    """Say that some tasks could not be looked at, which, and what shows them."""
     remedy = "run as root to see what they have" if os.geteuid() else "this root may not trace them"
-    return f"{count(tasks, 'task')} can not be looked at from here: {remedy}."
+    which = ""
+    if pids:
+        which = f" ({', '.join(map(str, pids[:8]))}{', ...' if len(pids) > 8 else ''})"
+    return f"{count(tasks, 'task')}{which} can not be looked at from here: {remedy}."
 
 
 def _program(one: dict[str, Any], most: int) -> str:

@@ -8,6 +8,7 @@ something into a queue, which one loop works off.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import signal
@@ -37,13 +38,18 @@ TURN = 1.0
 """Seconds after which figures are told again, and files are looked at (`watch`)."""
 
 _NAMED = re.compile(r"(?P<name>[^=/]+)=(?P<file>.+)", re.S)
-_FORM = re.compile(
-    r"(?P<file>.+?):(?P<dtype>[<>|=]?[A-Za-z]\w*)(?::(?P<shape>\d+(?:x\d+)*))?", re.S
-)
+_FORM = re.compile(r"(?P<file>.+?):(?P<dtype>[<>|=]?[A-Za-z]\w*)(?::(?P<shape>[^:/]*))?", re.S)
+_SHAPE = re.compile(r"\d+(?:x\d+)*")
 
 
 def parse_file(text: str) -> FileSource:
-    """Read [NAME=]FILE[:DTYPE[:2x3]]. What is the path of a file as it stands is that."""
+    """Read [NAME=]FILE[:DTYPE[:2x3]]. What is the path of a file as it stands is that.
+
+    Raises
+    ------
+    InvalidArgument
+        Of a file that is there, the shape is none (EINVAL).
+    """
     name = dtype = shape = None
     if not Path(text).exists():
         found = _NAMED.fullmatch(text)
@@ -53,7 +59,12 @@ def parse_file(text: str) -> FileSource:
         found = _FORM.fullmatch(text)
         if found and Path(found["file"]).exists():
             text, dtype = found["file"], found["dtype"]
-            if found["shape"]:
+            if found["shape"] is not None:
+                if not _SHAPE.fullmatch(found["shape"]):
+                    raise InvalidArgument(
+                        f"{text}: shape {found['shape']!r} is none: give extents like 8x1080x1920",
+                        errno=errno.EINVAL,
+                    )
                 shape = tuple(int(extent) for extent in found["shape"].split("x"))
     return FileSource(Path(text), name, dtype, shape)
 
@@ -236,11 +247,16 @@ def run(wishes: Wishes, screen: ServeScreen | None, *, as_json: bool) -> int:
     except BrokenPipeError:
         raise  # whoever read what is told has gone
     except (MemdescError, OSError) as error:
-        if as_json:
-            print(to_json({"event": "unusable"} | error_record(error), indent=None), flush=True)
-        _complain(message_of(error))
-        return 2 if is_unusable(error) else 1
+        return refuse(error, as_json=as_json)
     return 0
+
+
+def refuse(error: BaseException, *, as_json: bool) -> int:
+    """Tell why nothing is served; give the exit status."""
+    if as_json:
+        print(to_json({"event": "unusable"} | error_record(error), indent=None), flush=True)
+    _complain(message_of(error))
+    return 2 if is_unusable(error) else 1
 
 
 def _end(number: int, _: FrameType | None) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 
 import click
 
@@ -53,10 +55,15 @@ def serve(
     keeps it. If that fails the old one is served on. Exit status: 0 when ended by SIGTERM, 130 by
     Ctrl-C, 2 for unusable FILEs, 1 for what else fails.
     """
-    from memdesc.cli.serve import Wishes, parse_file, run
+    from memdesc.cli.serve import Wishes, parse_file, refuse, run
+    from memdesc.errors import InvalidArgument
 
-    sources = [parse_file(text) for text in files]
-    name = sources[0].path.stem if name is None else name
+    try:
+        sources = [parse_file(text) for text in files]
+    except InvalidArgument as error:
+        sys.exit(refuse(error, as_json=as_json))
+    if name is None:  # of "." too, which is refused as what it is: a directory
+        name = Path(os.path.abspath(sources[0].path)).stem or "files"
     screen = None
     if not quiet:
         from memdesc.cli.serve_screen import ServeScreen

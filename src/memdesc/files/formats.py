@@ -138,6 +138,10 @@ def _raw(file: OpenFile) -> StoredArray:
         raise InvalidArgument(f"{file.path}: {error}", errno=error.errno) from error
     shape = source.shape
     if shape is None:
+        if file.size % kind.itemsize:
+            raise file.wrong(
+                f"{file.size:,} bytes are no multiple of {kind.itemsize}, an element of {kind}", 0
+            )
         shape = (file.size // kind.itemsize,)
     array = stored(file, source.name or file.path.stem, dtype, shape, 0)
     if array.nbytes != file.size:

@@ -184,8 +184,9 @@ def _entries(
             if other is not file or array.name == ALL:
                 raise InvalidArgument(
                     f"array {array.name[:80]!r} of {file.path} can not be called that: "
-                    f"{other.path} has one, or it is what all arrays together are called; name "
-                    "one of the files (FileSource(…, name=…), NAME=FILE)",
+                    f"{other.path} has one, or it is what all arrays together are called; give "
+                    "one of the files another name: NAME=FILE on the command line, `name` of a "
+                    "FileSource in Python",
                     errno=errno.EEXIST,
                 )
             entries.append(

@@ -66,7 +66,7 @@ def make_array(
 
 def read_header(read: Read) -> Header:
     """Read a header and check its form; `NotNumPy` where it has none."""
-    head = read(0, len(MAGIC) + 2, "the magic number of .npy")
+    head = read(0, len(MAGIC) + 2, "this is no .npy: its magic number")
     if head[: len(MAGIC)] != MAGIC:
         raise NotNumPy(f"it begins with {head!r}, not with {MAGIC!r}: this is no .npy")
     version = (head[-2], head[-1])

@@ -106,12 +106,17 @@ class Survey:
     Attributes
     ----------
     objects : dict of tuple to HeldObject
-    hidden : int
+    hidden_pids : list of int
         Tasks that the kernel does not let this process look at.
     """
 
     objects: dict[Identity, HeldObject] = field(default_factory=dict)
-    hidden: int = 0
+    hidden_pids: list[int] = field(default_factory=list)
+
+    @property
+    def hidden(self) -> int:
+        """How many of them there are."""
+        return len(self.hidden_pids)
 
 
 def survey(
@@ -142,7 +147,7 @@ def survey(
             with Task(pid) as task:
                 _look(task, found, known)
         except NotPrivilegedError:
-            found.hidden += 1
+            found.hidden_pids.append(pid)
         except (TaskGoneError, MemdescError):
             continue  # it has ended, or it is a kernel thread
     return found

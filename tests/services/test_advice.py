@@ -17,6 +17,7 @@ from memdesc.errors import (
     ClosedError,
     InvalidArgument,
     MethodNotFoundError,
+    PeerGoneError,
     ShareNotFoundError,
     TimedOutError,
 )
@@ -199,3 +200,17 @@ def _refusal(work) -> InvalidArgument:
     with pytest.raises(InvalidArgument) as caught:
         work()
     return caught.value
+
+
+def test_who_outlives_the_service_is_told_how_to_find_the_next_one(puppet):
+    one = puppet("s = md.Service('mortal')", "s.stream('video', nbytes=10)")
+    with md.connect("mortal") as connection, connection.subscribe("video") as video:
+        one.kill()
+        with pytest.raises(PeerGoneError, match="connect again") as caught:
+            video.take(timeout=30)
+        assert caught.value.errno == errno.ECONNRESET
+        with pytest.raises(PeerGoneError, match=r"'mortal'.*reconnect=True") as caught:
+            connection.call("anything")
+        assert caught.value.errno == errno.ECONNRESET
+    connection.task.close()
+    md.Service("last").close()  # sweeps what the killed one left

@@ -38,7 +38,10 @@ def by_name(kind: type[_E], value: object, what: str) -> _E:
 
 
 class Access(Enum):
-    """What a task may do with memory. Ordered by inclusion: READ_ONLY within READ_WRITE."""
+    """What a task may do with memory. Ordered by inclusion: READ_ONLY within READ_WRITE.
+
+    Where one is wanted, its name does as well: "read_write".
+    """
 
     READ_ONLY = "read-only"
     READ_WRITE = "read-write"
@@ -58,7 +61,7 @@ class Access(Enum):
 
 
 class Direction(Enum):
-    """Which way data moves, as the device sees it (I/O Kit: IODirection)."""
+    """Which way data moves, as the device sees it (I/O Kit: IODirection); its name does as well."""
 
     NONE = 0
     IN = 1

@@ -50,6 +50,7 @@ def test_the_next_operation_finds_the_next_service():
 def test_no_next_service_within_the_timeout():
     with md.Service("camera"):
         connection = md.connect("camera", timeout=0.05, reconnect=True)
+    wait_until(lambda: connection._alive() is None)
     for _ in range(2):
         with pytest.raises(md.ServiceNotFoundError):
             connection.shares()
@@ -179,6 +180,7 @@ def test_dropping_it_closes_the_connection():
 def test_close_waits_for_no_thread_that_connects():
     with md.Service("camera"):
         connection = md.connect("camera", timeout=None, reconnect=True)
+    wait_until(lambda: connection._alive() is None)  # else the question goes to who has gone
     errors = []
 
     def ask():

@@ -91,9 +91,9 @@ def test_who_waits_is_told_at_once_and_mappings_stay(puppet):
 
 
 def test_many_threads_find_one_next_service():
-    connection = md.connect
     with md.Service("camera"):
         connection = md.connect("camera", reconnect=True)
+    wait_until(lambda: connection._alive() is None)
     seen: list[int] = []
 
     def ask() -> None:

@@ -174,7 +174,7 @@ def test_dropping_it_closes_the_connection():
         begun = time.monotonic()
         with pytest.raises(md.ServiceNotFoundError):
             md.connect("other", timeout=0.02, reconnect=True)
-        assert time.monotonic() - begun >= 0.015
+        assert time.monotonic() - begun >= 0.013  # it sleeps no pause that is longer than the rest
 
 
 def test_close_waits_for_no_thread_that_connects():

@@ -181,7 +181,7 @@ class Stream(_core.StreamPool):
             slot.metadata = metadata
 
     def _fill(self, slot: npt.NDArray[Any], data: Any) -> None:
-        """Copy an array, or lists of numbers, into a slot; nothing is changed silently."""
+        """Copy an array, or lists of numbers, into a slot: no floats as integers."""
         import numpy as np
 
         source = np.asarray(data)

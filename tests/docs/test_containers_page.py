@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -120,8 +121,8 @@ def test_without_pids_in_common_it_says_so(tmp_path: Path) -> None:
     assert "pid namespace" in errors
 
 
-def test_the_root_of_a_volume_is_refused(tmp_path: Path) -> None:
-    volume = tmp_path / "volume"
+def test_the_root_of_a_volume_is_refused(runtime_dir: Path) -> None:
+    volume = runtime_dir / "volume"  # short: a socket's path has 107 bytes
     volume.mkdir(mode=0o755)
     code = """
 import memdesc as md
@@ -140,6 +141,7 @@ except md.AccessDeniedError as error:
             check=False,
         )
         assert (done.returncode, done.stdout, done.stderr) == (0, said, "")
+    shutil.rmtree(volume)
 
 
 @pytest.mark.slow

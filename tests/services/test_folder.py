@@ -78,7 +78,7 @@ def test_what_is_no_name(name):
         before = count_fds()
         with pytest.raises(md.InvalidArgument):
             make(name)
-        assert count_fds() == before
+        assert count_fds() <= before
 
 
 def test_the_longest_path_works(runtime_dir):
@@ -98,7 +98,7 @@ def test_a_path_into_nowhere():
         with pytest.raises(md.InvalidArgument) as caught:
             md.Service(path)
         assert caught.value.errno in (errno.ENOENT, errno.ENOTDIR)
-        assert count_fds() == before
+        assert count_fds() <= before
 
 
 def test_a_path_where_nothing_can_be_made():
@@ -107,7 +107,7 @@ def test_a_path_where_nothing_can_be_made():
     with pytest.raises((md.AccessDeniedError, md.InvalidArgument)) as caught:
         md.Service("/proc/camera")
     assert caught.value.errno in (errno.EACCES, errno.EPERM, errno.ENOENT, errno.EROFS)
-    assert count_fds() == before
+    assert count_fds() <= before
 
 
 def test_a_name_is_one_living_services(runtime_dir):

@@ -53,7 +53,7 @@ def test_a_descriptor_too_few_for_a_client(free, puppet, monkeypatch):
             if free < 3:
                 assert one.do("len(s.recv(100))") == 0
         one.do("s.close()")
-        wait_until(lambda: count_fds() == before)
+        wait_until(lambda: count_fds() <= before)
 
 
 def test_no_descriptor_left_for_a_service_or_a_connection():
@@ -108,7 +108,7 @@ def test_many_clients_at_once(puppet):
         for one in puppets[3:]:
             one.kill()
         wait_until(lambda: service.clients() == [])
-        wait_until(lambda: count_fds() == before + 6 * 2)  # the pipes of puppets
+        wait_until(lambda: count_fds() <= before + 6 * 2)  # the pipes of puppets
 
 
 @pytest.mark.slow

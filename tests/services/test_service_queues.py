@@ -379,7 +379,7 @@ def test_memory_that_can_not_be_had_or_wired(both: Both, caplog: pytest.LogCaptu
     with full_table() as fillers:
         assert refusal(lambda: connection.queue("a"))[0] in ("AllocationError", "MappingError")
         del fillers
-    wait_until(lambda: count_fds() == before)
+    wait_until(lambda: count_fds() <= before)
     with connection.queue("a") as consumer:
         assert service.queues()["a"].put(b"it goes on") == 1  # type: ignore[union-attr]
         assert consumer.dequeue(SOON) == b"it goes on"

@@ -193,4 +193,4 @@ def test_descriptors_with_an_answer_that_needs_none_are_closed() -> None:
         pull = protocol.PullMapping(client.next_id(), 1)
         assert client.request(pull, protocol.Done)[1] == []
         thread.join()
-        wait_until(lambda: count_fds() == before)
+        wait_until(lambda: count_fds() <= before)

@@ -193,7 +193,7 @@ def test_a_successor_that_is_killed_at_any_step(puppet, step, when):
             with md.Service("camera", take_over=True) as third, md.connect("camera") as fresh:
                 assert (third.inherited, fresh.shares()) == ({}, [])
         else:
-            wait_until(lambda: count_fds() == before + 2)  # the pipes of the puppet
+            wait_until(lambda: count_fds() <= before + 2)  # the pipes of the puppet
             with md.connect("camera") as fresh:
                 assert len(fresh.shares()) == 1
             with md.Service("camera", take_over=True) as third, md.connect("camera") as fresh:
@@ -415,7 +415,7 @@ def test_an_old_one_that_hands_over_something_else(monkeypatch, what):
             md.Service("camera", take_over=True)
         assert caught.value.errno == errno.EPROTO
         del caught
-        wait_until(lambda: old.clients() == [] and count_fds() == before)
+        wait_until(lambda: old.clients() == [] and count_fds() <= before)
         with md.connect("camera"):
             pass
 

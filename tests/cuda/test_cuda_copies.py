@@ -540,3 +540,16 @@ def test_a_failure_that_nobody_asked_for_is_raised_on_leaving(
             pinned.copy_to_device(far)
     assert caught.value.code == 700
     assert (fake.registrations, held(buffer)) == ({}, 0)
+
+
+def test_what_it_was_used_for(fake: FakeDriver, buffer: BufferMemoryDescriptor, far: int) -> None:
+    device = CudaDevice(driver=fake)
+    with device.registered(buffer) as pinned:
+        told = pinned.statistics()
+        assert (told.nbytes, told.parts) == (NBYTES, 1)
+        assert (told.copies, told.copied_bytes, told.in_flight) == (0, 0, 0)
+        pinned.copy_to_device(far).wait(30)
+        pinned.copy_to_device(far, 0, 10).wait(30)
+        told = pinned.statistics()
+        assert (told.copies, told.copied_bytes, told.in_flight) == (2, NBYTES + 10, 0)
+    assert pinned.statistics() == told

@@ -11,4 +11,7 @@ Nothing here imports `cuda` before a `CudaDevice` is made.
 from memdesc.dma.cuda.copies import Copy as Copy
 from memdesc.dma.cuda.device import CudaDevice as CudaDevice
 from memdesc.dma.cuda.driver import Attribute as Attribute, CudaDriver as CudaDriver
-from memdesc.dma.cuda.pinned import PinnedMemory as PinnedMemory
+from memdesc.dma.cuda.pinned import (
+    PinnedMemory as PinnedMemory,
+    PinnedStatistics as PinnedStatistics,
+)

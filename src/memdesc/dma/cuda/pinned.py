@@ -38,6 +38,29 @@ class _Part:
     device_pointer: int
 
 
+@dataclass(frozen=True, slots=True)
+class PinnedStatistics:
+    """What registered memory was used for.
+
+    Attributes
+    ----------
+    nbytes : int
+        Registered.
+    parts : int
+        Pieces that CUDA copies by a call each.
+    copies, copied_bytes : int
+        Started so far, and what they were of.
+    in_flight : int
+        Copies that are under way.
+    """
+
+    nbytes: int
+    parts: int
+    copies: int
+    copied_bytes: int
+    in_flight: int
+
+
 @final
 class PinnedMemory:
     """Memory that is registered with CUDA in this process. Made by `CudaDevice.registered`.
@@ -77,6 +100,7 @@ class PinnedMemory:
         self._target: Target | None = target
         self._claim: Claim | None = claim
         self._lock = lock_for(self)
+        self._copies = self._copied_bytes = 0
         with device.current() as driver:
             pointers = {known: driver.device_pointer(known.address) for known in registrations}
         self._parts = list(_cut(target, pointers))
@@ -263,12 +287,21 @@ class PinnedMemory:
         with self._lock:  # close() sees it, or it sees that
             copy = Copy(self.device, self._check_registered(), line, kind, nbytes)
             copy._begin(spans)
+            if spans:
+                self._copies += 1
+                self._copied_bytes += nbytes
         return copy
 
     @property
     def in_flight(self) -> int:
         """How many copies are under way."""
         return 0 if self._claim is None else len(under_way(self._claim))
+
+    def statistics(self) -> PinnedStatistics:
+        """Tell what it was used for; also once it is closed."""
+        return PinnedStatistics(
+            self.nbytes, len(self._parts), self._copies, self._copied_bytes, self.in_flight
+        )
 
     # -- lifetime --------------------------------------------------------------------------------
 

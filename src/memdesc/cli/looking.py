@@ -15,7 +15,9 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from memdesc.cli.words import program_of
 from memdesc.errors import (
     AccessDeniedError,
     MemdescError,
@@ -72,6 +74,18 @@ class Seen:
     def uid(self) -> int | None:
         """Whose that process is."""
         return None if self.task is None else self.task.credentials.uid
+
+    def described(self) -> dict[str, Any]:
+        """Tell what it is and whose, as JSON can carry it."""
+        return {
+            "name": self.name,
+            "path": str(self.path),
+            "state": self.state,
+            "why": self.why,
+            "pid": self.pid,
+            "user": self.uid,
+            "program": "" if self.pid is None else program_of(self.pid),
+        }
 
 
 class Watch:

@@ -55,13 +55,7 @@ def gather(name: str | None = None) -> dict[str, Any]:
 def _service(seen: Seen) -> dict[str, Any]:
     told = seen.told
     return {
-        "name": seen.name,
-        "path": str(seen.path),
-        "state": seen.state,
-        "why": seen.why,
-        "pid": seen.pid,
-        "user": seen.uid,
-        "program": "" if seen.pid is None else program_of(seen.pid),
+        **seen.described(),
         "superseded": told.superseded if told else None,
         **{name: getattr(told, name) if told else None for name in _FIGURES},
         "buffers": [one for item in seen.items if (one := _buffer(item)) is not None],

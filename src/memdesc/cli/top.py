@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Self
 
 from memdesc.cli.looking import Seen, Watch, sockets
-from memdesc.cli.words import program_of
 from memdesc.errors import MemdescError
 from memdesc.vm.holders import huge_bytes, identity_of, resident_bytes, wired_bytes
 from memdesc.vm.regions import RegionDetails, details
@@ -117,13 +116,7 @@ def _told(seen: Seen, rates: dict[str, float | None], memory: dict[int, _Memory]
     if task is not None and task.pid not in memory:
         memory[task.pid] = _memory(task)
     return {
-        "name": seen.name,
-        "path": str(seen.path),
-        "state": seen.state,
-        "why": seen.why,
-        "pid": seen.pid,
-        "user": seen.uid,
-        "program": "" if task is None else program_of(task.pid),
+        **seen.described(),
         "clients": None if told is None else told.clients,
         **rates,
         **(dict.fromkeys(_MEMORY) if task is None else memory[task.pid]),

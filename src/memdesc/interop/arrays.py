@@ -25,7 +25,7 @@ from memdesc.memory.kept import Contents
 from memdesc.memory.lifecycle import State
 from memdesc.memory.page_kinds import PageKind
 from memdesc.vm.forks import lock_for
-from memdesc.vm.pages import Access, check_integer, check_length
+from memdesc.vm.pages import Access, add_run, check_integer, check_length
 
 if TYPE_CHECKING:
     import numpy as np
@@ -398,10 +398,7 @@ def _merged(ranges: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     """Sort (offset, bytes) ranges, adjacent ones made one."""
     merged: list[tuple[int, int]] = []
     for offset, nbytes in sorted(ranges):
-        if merged and sum(merged[-1]) == offset:
-            merged[-1] = merged[-1][0], merged[-1][1] + nbytes
-        else:
-            merged.append((offset, nbytes))
+        add_run(merged, offset, nbytes)
     return tuple(merged)
 
 

@@ -13,7 +13,7 @@ import fcntl
 import os
 import struct
 
-from memdesc.vm.pages import page_size
+from memdesc.vm.pages import add_run, page_size
 from memdesc.vm.physical import is_file_or_shared, is_present, is_swapped, pagemap
 from memdesc.vm.task import Task
 
@@ -64,7 +64,7 @@ def _scan(address: int, length: int, most: int) -> list[Run] | None:
             found = fcntl.ioctl(fd, _SCAN, argument)
             at = _ARGUMENT.unpack(argument)[4]
             for index in range(0, found * _REGION_WORDS, _REGION_WORDS):
-                _add(runs, regions[index] - address, regions[index + 1] - address)
+                add_run(runs, regions[index] - address, regions[index + 1] - regions[index])
             if len(runs) > most:
                 return None
     finally:
@@ -78,14 +78,7 @@ def _read(address: int, length: int, most: int) -> list[Run] | None:
     with Task.current() as task:
         for index, entry in enumerate(pagemap(task, address, length)):
             if (is_present(entry) or is_swapped(entry)) and not is_file_or_shared(entry):
-                _add(runs, index * page_size, (index + 1) * page_size)
+                add_run(runs, index * page_size, page_size)
                 if len(runs) > most:
                     return None
     return runs
-
-
-def _add(runs: list[Run], start: int, end: int) -> None:
-    if runs and sum(runs[-1]) == start:
-        runs[-1] = runs[-1][0], end - runs[-1][0]
-    else:
-        runs.append((start, end - start))

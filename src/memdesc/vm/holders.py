@@ -13,7 +13,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from memdesc.errors import MemdescError, NotPrivilegedError, TaskGoneError
+from memdesc.errors import MemdescError, NotPrivilegedError
 from memdesc.vm.pages import Access, page_size
 from memdesc.vm.regions import Region, RegionDetails, details, parse_maps
 from memdesc.vm.task import Task
@@ -148,7 +148,7 @@ def survey(
                 _look(task, found, known)
         except NotPrivilegedError:
             found.hidden_pids.append(pid)
-        except (TaskGoneError, MemdescError):
+        except MemdescError:
             continue  # it has ended, or it is a kernel thread
     return found
 

@@ -158,3 +158,11 @@ def page_span(address: int, length: int, size: int = page_size) -> tuple[int, in
     """Give the whole pages that hold `length` bytes at `address`: (start, length)."""
     start = trunc_page(address, size)
     return start, round_page(address + length, size) - start
+
+
+def add_run(runs: list[tuple[int, int]], start: int, nbytes: int) -> None:
+    """Put a range behind (start, bytes) runs: into the last one, where it begins at its end."""
+    if runs and sum(runs[-1]) == start:
+        runs[-1] = runs[-1][0], runs[-1][1] + nbytes
+    else:
+        runs.append((start, nbytes))

@@ -15,7 +15,7 @@ from memdesc.dma.targets import Memory, Target, name_of
 from memdesc.errors import InvalidArgument, NotPreparedError, SealedError
 from memdesc.mapping import check_range, view_as_array
 from memdesc.vm.forks import lock_for
-from memdesc.vm.pages import Access, check_integer
+from memdesc.vm.pages import Access, add_run, check_integer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -387,10 +387,7 @@ def _cut(target: Target, pointers: dict[Registration, int]) -> Iterator[_Part]:
 def _merged(places: list[tuple[int, int]]) -> list[tuple[int, int]]:
     merged: list[tuple[int, int]] = []
     for start, nbytes in places:
-        if merged and sum(merged[-1]) == start:
-            merged[-1] = (merged[-1][0], merged[-1][1] + nbytes)
-        else:
-            merged.append((start, nbytes))
+        add_run(merged, start, nbytes)
     return merged
 
 

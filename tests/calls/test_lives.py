@@ -144,7 +144,7 @@ def test_threads_share_a_connection(service: md.Service, client: md.Connection) 
 def test_a_call_that_takes_too_long_is_cancelled_there(held: Any, client: md.Connection) -> None:
     for method in ("sleep", "wait"):
         with pytest.raises(md.TimedOutError) as caught:
-            client.call(method, timeout=0.05)
+            client.call(method, timeout=0.5)
         assert caught.value.errno == errno.ETIMEDOUT
         assert method in str(caught.value)
     wait_until(lambda: held.ended == ["cancelled"])
@@ -330,6 +330,7 @@ def test_one_client_has_so_many_calls_in_flight(held: Any, client: md.Connection
     assert "64" in str(caught.value)
     with md.connect("calls") as other:
         assert other.call("pid") == os.getpid()
+    wait_until(lambda: len(held.begun) == 64)  # cancelled before, its handler would never run
     calls.pop().cancel()
     wait_until(lambda: held.ended)
     wait_until(lambda: not client._late)

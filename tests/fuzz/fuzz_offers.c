@@ -138,10 +138,8 @@ static void publish(void) {
     } else if (rc == -EAGAIN) {
         struct md_line *line = md_pool_blocked(&pool);
         MUST(line != NULL);
-        struct md_wait wait = {&line->shared->read, &line->shared->wanted,
-                               &line->shared->subscriber_bell, &line->shared->subscriber_ended,
-                               &line->gone, &line->sleeps};
-        md_offers_sleep(&wait, md_pool_awaited(&pool, line), 2000, 4000);
+        struct md_wait wait = md_line_wait(line);
+        md_sleep(&wait, md_pool_awaited(&pool, line), 2000, 4000);
     } else {
         MUST(rc == -ENOBUFS && filled == FILLING);
     }
@@ -177,10 +175,8 @@ static void subscriber_waits(int which) {
     MUST(pending >= 0 || !honest);
     if (pending < 0)
         return;
-    struct md_wait wait = {&taker->shared->written, &taker->shared->subscriber_wanted,
-                           &taker->shared->bell,    &taker->shared->ended,
-                           &taker->gone,            &taker->sleeps};
-    md_offers_sleep(&wait, taker->read + 1, 2000, 4000);
+    struct md_wait wait = md_taker_wait(taker);
+    md_sleep(&wait, taker->read + 1, 2000, 4000);
 }
 
 static void step(void) {

@@ -114,14 +114,15 @@ static void step(void) {
     case 3:
     case 4: md_ring_publish(ring); break;
     case 5: {
-        int rc = md_ring_sleep(ring, next_value(ring->limit + 8), next_byte() * 64u,
-                               next_byte() * 256u);
+        struct md_wait wait = md_ring_wait(ring);
+        int rc = md_sleep(&wait, next_value(ring->limit + 8), next_byte() * 64u,
+                          next_byte() * 256u);
         MUST(rc == 0 || rc == -ETIMEDOUT || rc == -EINTR);
         break;
     }
     case 6:
         if (what & 16)
-            md_ring_want(ring, next_value(ring->limit + 8));
+            md_want(&ring->mine->wanted, next_value(ring->limit + 8));
         else if (md_ring_look(ring) < 0)
             MUST(!honest);
         break;

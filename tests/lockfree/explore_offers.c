@@ -84,8 +84,8 @@ static void begin(void) {
 }
 
 static void wait_until(const struct md_wait *wait, uint64_t wanted) {
-    int rc = md_offers_sleep(wait, wanted, 0, 1000000000);
-    CHECK(rc == 0, "md_offers_sleep gave %d", rc);
+    int rc = md_sleep(wait, wanted, 0, 1000000000);
+    CHECK(rc == 0, "md_sleep gave %d", rc);
     *wait->sleeps = 0;
 }
 
@@ -94,9 +94,7 @@ static uint32_t loan(void) {
     int rc;
     while ((rc = md_pool_loan(&books->pool, &slot)) == -EAGAIN) {
         struct md_line *line = md_pool_blocked(&books->pool);
-        struct md_offers *shared = line->shared;
-        struct md_wait wait = {&shared->read,            &shared->wanted, &shared->subscriber_bell,
-                               &shared->subscriber_ended, &line->gone,    &line->sleeps};
+        struct md_wait wait = md_line_wait(line);
         wait_until(&wait, md_pool_awaited(&books->pool, line));
     }
     CHECK(rc == 0, "md_pool_loan gave %d", rc);
@@ -128,8 +126,7 @@ static void sleep_for(struct md_taker *taker, int number) {
     int64_t pending = md_taker_pending(taker);
     CHECK(pending >= 0, "md_taker_pending gave %d", (int)pending);
     struct md_offers *shared = taker->shared;
-    struct md_wait wait = {&shared->written, &shared->subscriber_wanted, &shared->bell,
-                           &shared->ended,   &taker->gone,               &taker->sleeps};
+    struct md_wait wait = md_taker_wait(taker);
     if (pending)
         return;
     if (plan.listens)

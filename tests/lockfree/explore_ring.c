@@ -46,8 +46,9 @@ static void begin(void) {
 
 /* Wait as queues/waiting.py does. What it counts is no part of the state. */
 static void wait_until(struct md_ring *ring, uint64_t wanted) {
-    int rc = md_ring_sleep(ring, wanted, 0, 1000000000);
-    CHECK(rc == 0, "md_ring_sleep gave %d", rc);
+    struct md_wait wait = md_ring_wait(ring);
+    int rc = md_sleep(&wait, wanted, 0, 1000000000);
+    CHECK(rc == 0, "md_sleep gave %d", rc);
     ring->sleeps = 0;
 }
 
@@ -85,7 +86,7 @@ static int find(struct md_ring *ring) {
     int rc = md_ring_next(ring);
     if (rc == 0 && plan.listens && !ended) {
         hook_clear(SOCKET);
-        md_ring_want(ring, ring->position + 8);
+        md_want(&ring->mine->wanted, ring->position + 8);
         ended = md_ring_ended(ring);
         rc = md_ring_next(ring);
     }

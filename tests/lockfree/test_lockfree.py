@@ -96,13 +96,14 @@ SLEEPS = "a lost waking: somebody sleeps for ever"
     ("name", "mutation", "outcome"),
     [
         ("ring", "md_ring_publish:fence", SLEEPS),
-        ("ring", "md_ring_want:fence", SLEEPS),
-        ("ring", "md_ring_ring:add", SLEEPS),
+        ("ring", "md_want:fence", SLEEPS),
+        ("ring", "md_wake:add", SLEEPS),
         ("ring", "md_futex:wake", SLEEPS),
         ("ring", "md_futex:wait", SLEEPS),
         ("ring", "md_ring_publish:release", "entry"),
         ("offers", "md_pool_publish:fence", SLEEPS),
-        ("offers", "md_offers_ring:add", SLEEPS),
+        ("offers", "md_want:fence", SLEEPS),
+        ("offers", "md_wake:add", SLEEPS),
         ("offers", "md_futex:wake", SLEEPS),
         ("offers", "md_futex:wait", SLEEPS),
         ("offers", "sleep_for:once", SLEEPS),  # waits for one after those that it has not counted

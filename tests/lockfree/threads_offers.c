@@ -34,7 +34,7 @@ static void bad(const char *what, uint64_t number) {
 }
 
 static void sleep_until(const struct md_wait *wait, uint64_t wanted, uint64_t *chance) {
-    if (md_offers_sleep(wait, wanted, next_random(chance) % 3 * 2000, 5000000000) == -ETIMEDOUT)
+    if (md_sleep(wait, wanted, next_random(chance) % 3 * 2000, 5000000000) == -ETIMEDOUT)
         bad("a lost waking: 5 s asleep for", wanted);
 }
 
@@ -43,9 +43,7 @@ static uint32_t loan(uint64_t *chance) {
     int rc;
     while ((rc = md_pool_loan(&pool, &slot)) == -EAGAIN) {
         struct md_line *line = md_pool_blocked(&pool);
-        struct md_offers *shared = line->shared;
-        struct md_wait wait = {&shared->read,            &shared->wanted, &shared->subscriber_bell,
-                               &shared->subscriber_ended, &line->gone,    &line->sleeps};
+        struct md_wait wait = md_line_wait(line);
         sleep_until(&wait, md_pool_awaited(&pool, line), chance);
     }
     if (rc < 0)
@@ -77,9 +75,7 @@ static void check(const struct md_taken *taken) {
 
 static void *subscribe(void *number) {
     struct md_taker *taker = number;
-    struct md_offers *shared = taker->shared;
-    struct md_wait wait = {&shared->written, &shared->subscriber_wanted, &shared->bell,
-                           &shared->ended,   &taker->gone,               &taker->sleeps};
+    struct md_wait wait = md_taker_wait(taker);
     struct md_taken held[4];
     uint32_t holding = 0;
     uint64_t chance = seed + 2 + (uint64_t)(taker - takers);
@@ -164,7 +160,7 @@ static void finish(void) {
 int main(int count, char **arguments) {
     if (count != 3)
         return 2;
-    uint64_t end = md_ring_now() + (uint64_t)(atof(arguments[1]) * 1e9), rounds = 0;
+    uint64_t end = md_now() + (uint64_t)(atof(arguments[1]) * 1e9), rounds = 0;
     seed = strtoull(arguments[2], NULL, 10);
     do {
         begin();
@@ -178,7 +174,7 @@ int main(int count, char **arguments) {
         finish();
         seed = next_random(&seed);
         rounds++;
-    } while (md_ring_now() < end);
+    } while (md_now() < end);
     printf("%llu slots taken in %llu rounds\n", (unsigned long long)total,
            (unsigned long long)rounds);
     return 0;

@@ -8,6 +8,7 @@
 #include "common.h"
 
 #include <pthread.h>
+#include <string.h>
 #ifdef WEAK /* to see that the sanitizer would tell */
 #include <stdatomic.h>
 #define memory_order_release memory_order_relaxed
@@ -32,7 +33,8 @@ static void fill(unsigned char *at, uint64_t size, uint64_t number) {
 
 static void sleep_until(struct md_ring *ring, uint64_t wanted, uint64_t *chance) {
     uint64_t spin = next_random(chance) % 3 * 2000;
-    int rc = md_ring_sleep(ring, wanted, spin, 5000000000);
+    struct md_wait wait = md_ring_wait(ring);
+    int rc = md_sleep(&wait, wanted, spin, 5000000000);
     if (rc == -ETIMEDOUT) {
         fprintf(stderr, "a lost waking: 5 s asleep\n");
         exit(4);
@@ -100,7 +102,7 @@ static void *consume(void *unused) {
 int main(int count, char **arguments) {
     if (count != 3)
         return 2;
-    uint64_t end = md_ring_now() + (uint64_t)(atof(arguments[1]) * 1e9);
+    uint64_t end = md_now() + (uint64_t)(atof(arguments[1]) * 1e9);
     seed = strtoull(arguments[2], NULL, 10);
     uint64_t rounds = 0;
     do {
@@ -124,7 +126,7 @@ int main(int count, char **arguments) {
         unmap_twice(memory, 2 * PAGE, capacity);
         seed = next_random(&seed);
         rounds++;
-    } while (md_ring_now() < end);
+    } while (md_now() < end);
     printf("%llu entries in %llu rounds, %llu sleeps in the last\n", (unsigned long long)total,
            (unsigned long long)rounds, (unsigned long long)(ends[0].sleeps + ends[1].sleeps));
     return 0;

@@ -394,6 +394,7 @@ cdef class Attempt:
 
 include "zone.pxi"
 include "snapshot.pxi"
+include "waking.pxi"
 include "ring.pxi"
 include "offers.pxi"
 include "offers_publisher.pxi"

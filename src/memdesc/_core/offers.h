@@ -15,19 +15,21 @@
  * must be possible; else that subscriber is broken, and its slots come back. A subscriber checks
  * in the same way what the publisher writes.
  *
- * Waking, as in ring.h: who waits writes which position is to wake him, and looks again.
+ * Waking: waking.h.
  *
  * Contract: the caller sees to it that one thread at a time is in a pool or a taker, but for
- * md_offers_sleep, which touches `wanted` alone. This header compiles alone.
+ * md_sleep, which touches `wanted` alone. This header compiles alone.
  */
 #ifndef MEMDESC_OFFERS_H
 #define MEMDESC_OFFERS_H
 
-#include "ring.h"
+#include "waking.h"
 
 #include <stdlib.h>
+#include <string.h>
 
 #define MD_OFFERS_MAGIC UINT64_C(0x315246464f53444d) /* "MDSOFFR1" */
+#define MD_OFFERS_LAST (UINT64_MAX >> 1)             /* no position is beyond */
 #define MD_NO_SLOT UINT32_MAX
 
 /* Why the publisher is done with a line. */
@@ -70,60 +72,6 @@ static inline size_t md_offers_size(uint32_t slots, uint32_t depth) {
 
 static inline struct md_cell *md_offers_cells(struct md_offers *shared, uint32_t slots) {
     return (struct md_cell *)(shared->released + slots);
-}
-
-static inline void md_offers_ring(_Atomic uint32_t *bell, int fd) {
-    atomic_fetch_add_explicit(bell, 1, memory_order_seq_cst);
-    md_futex(bell, FUTEX_WAKE, INT_MAX, NULL);
-    /* As in md_ring_ring: a full socket tells the same already, one that is gone nobody. */
-    if (fd >= 0 && send(fd, "", 1, MSG_DONTWAIT | MSG_NOSIGNAL) < 0)
-        return;
-}
-
-/* What one waits for: the other side's position, or its end, or that `gone` is set. */
-struct md_wait {
-    _Atomic uint64_t *position, *wanted;
-    _Atomic uint32_t *bell, *ended;
-    _Atomic int *gone;
-    uint64_t *sleeps;
-};
-
-static inline int md_wait_over(const struct md_wait *wait, uint64_t wanted) {
-    return atomic_load_explicit(wait->position, memory_order_acquire) >= wanted ||
-           atomic_load_explicit(wait->ended, memory_order_acquire) != 0 ||
-           atomic_load_explicit(wait->gone, memory_order_relaxed);
-}
-
-/* As md_ring_sleep. 0: look again. -ETIMEDOUT. -EINTR: a signal. Needs no lock. */
-static inline int md_offers_sleep(const struct md_wait *wait, uint64_t wanted, uint64_t spin,
-                                  uint64_t limit) {
-    uint64_t start = md_ring_now(), passed = 0;
-    spin = spin < limit ? spin : limit;
-    while (passed < spin) {
-        for (int turn = 0; turn < 32; turn++) {
-            if (md_wait_over(wait, wanted))
-                return 0;
-            md_ring_pause();
-        }
-        sched_yield();
-        passed = md_ring_now() - start;
-    }
-    if (md_wait_over(wait, wanted))
-        return 0;
-    if (passed >= limit)
-        return -ETIMEDOUT;
-    struct timespec left = {(time_t)((limit - passed) / 1000000000u),
-                            (long)((limit - passed) % 1000000000u)};
-    uint32_t heard = atomic_load_explicit(wait->bell, memory_order_acquire);
-    atomic_store_explicit(wait->wanted, wanted, memory_order_seq_cst);
-    atomic_thread_fence(memory_order_seq_cst);
-    int rc = 0;
-    if (!md_wait_over(wait, wanted)) {
-        ++*wait->sleeps;
-        if (md_futex(wait->bell, FUTEX_WAIT, heard, &left) < 0 && errno != EAGAIN)
-            rc = -errno;
-    }
-    return md_wait_over(wait, wanted) ? 0 : rc;
 }
 
 /* --- The publisher ------------------------------------------------------------------------ */
@@ -195,6 +143,13 @@ static inline void md_pool_unuse(struct md_pool *pool, uint32_t slot) {
         pool->free[pool->free_count++] = slot;
 }
 
+/* What the publisher waits for, of one subscriber: that it takes offers out, or leaves. */
+static inline struct md_wait md_line_wait(struct md_line *line) {
+    struct md_offers *shared = line->shared;
+    return (struct md_wait){&shared->read,             &shared->wanted, &shared->subscriber_bell,
+                            &shared->subscriber_ended, &line->gone,     &line->sleeps};
+}
+
 /* Slots that nobody can take back from the subscribers, at most; with one more of that policy.
  *
  * What is offered by BLOCK and DISCONNECT is what was published last, the same for all of them. */
@@ -264,8 +219,8 @@ static inline void md_line_tell_end(struct md_line *line) {
     atomic_store_explicit(&line->shared->ended, (uint32_t)line->ended, memory_order_seq_cst);
     atomic_store_explicit(&line->gone, 1, memory_order_seq_cst);
     line->rung++;
-    md_offers_ring(&line->shared->bell, line->bell_fd);
-    md_futex(&line->shared->subscriber_bell, FUTEX_WAKE, INT_MAX, NULL);
+    md_wake(&line->shared->bell, line->bell_fd);
+    md_stir(&line->shared->subscriber_bell);
 }
 
 /* Be done with a line: tell the subscriber why. With `keep`, what it holds stays its own until it
@@ -438,7 +393,7 @@ static inline void md_pool_publish(struct md_pool *pool, uint32_t slot, uint64_t
     struct md_slot_header *header = md_pool_header(pool, slot);
     uint64_t sequence = ++pool->sequence;
     header->sequence = sequence;
-    header->timestamp = md_ring_now();
+    header->timestamp = md_now();
     header->nbytes = nbytes;
     header->metadata = metadata_size;
     if (metadata_size)
@@ -461,7 +416,7 @@ static inline void md_pool_publish(struct md_pool *pool, uint32_t slot, uint64_t
             line->state == MD_LINE_OPEN && line->written &&
             line->offered[(line->written - 1) % line->depth].sequence == sequence) {
             line->rung++;
-            md_offers_ring(&line->shared->bell, line->bell_fd);
+            md_wake(&line->shared->bell, line->bell_fd);
         }
     }
 }
@@ -496,7 +451,7 @@ static inline int md_taker_break(struct md_taker *taker) {
 static inline int64_t md_taker_pending(struct md_taker *taker) {
     uint64_t read = atomic_load_explicit(&taker->shared->read, memory_order_acquire);
     uint64_t written = atomic_load_explicit(&taker->shared->written, memory_order_acquire);
-    if (taker->broken || read < taker->read || written < read || written > MD_RING_LAST)
+    if (taker->broken || read < taker->read || written < read || written > MD_OFFERS_LAST)
         return md_taker_break(taker);
     taker->read = read;
     return (int64_t)(written - read);
@@ -517,7 +472,7 @@ static inline int md_taker_take(struct md_taker *taker, struct md_taken *taken) 
         taker->read++;
         if (atomic_load_explicit(&taker->shared->wanted, memory_order_seq_cst) == taker->read) {
             taker->rung++;
-            md_offers_ring(&taker->shared->subscriber_bell, -1);
+            md_wake(&taker->shared->subscriber_bell, -1);
         }
         if (slot >= taker->slots || sequence <= taker->sequence)
             return md_taker_break(taker);
@@ -549,6 +504,13 @@ static inline void md_taker_give(struct md_taker *taker, uint32_t slot, uint64_t
     atomic_store_explicit(&taker->shared->released[slot], sequence, memory_order_release);
 }
 
+/* What a subscriber waits for: that something is offered, or the publisher is done. */
+static inline struct md_wait md_taker_wait(struct md_taker *taker) {
+    struct md_offers *shared = taker->shared;
+    return (struct md_wait){&shared->written, &shared->subscriber_wanted, &shared->bell,
+                            &shared->ended,   &taker->gone,               &taker->sleeps};
+}
+
 /* Why the publisher is done, or 0. */
 static inline uint32_t md_taker_ended(struct md_taker *taker) {
     return atomic_load_explicit(&taker->shared->ended, memory_order_acquire);
@@ -556,19 +518,18 @@ static inline uint32_t md_taker_ended(struct md_taker *taker) {
 
 static inline void md_taker_want(struct md_taker *taker) {
     uint64_t written = atomic_load_explicit(&taker->shared->written, memory_order_acquire);
-    atomic_store_explicit(&taker->shared->subscriber_wanted, written + 1, memory_order_seq_cst);
-    atomic_thread_fence(memory_order_seq_cst);
+    md_want(&taker->shared->subscriber_wanted, written + 1);
 }
 
 static inline void md_taker_close(struct md_taker *taker) {
     atomic_store_explicit(&taker->shared->subscriber_ended, 1, memory_order_seq_cst);
-    md_offers_ring(&taker->shared->subscriber_bell, -1);
+    md_wake(&taker->shared->subscriber_bell, -1);
 }
 
 /* Have this end's own waiters look. */
 static inline void md_taker_stop(struct md_taker *taker) {
     atomic_store_explicit(&taker->gone, 1, memory_order_seq_cst);
-    md_futex(&taker->shared->bell, FUTEX_WAKE, INT_MAX, NULL);
+    md_stir(&taker->shared->bell);
 }
 
 #endif

@@ -31,13 +31,6 @@ cdef extern from "offers.h" nogil:
         pass
     struct md_slot_header:
         unsigned char *data
-    struct md_wait:
-        void *position
-        void *wanted
-        void *bell
-        void *ended
-        void *gone
-        uint64_t *sleeps
     struct md_offer:
         pass
     struct md_line:
@@ -101,7 +94,6 @@ cdef extern from "offers.h" nogil:
     int MD_ENDED_CLOSED
     size_t md_offers_size(uint32_t, uint32_t)
     md_cell *md_offers_cells(md_offers *, uint32_t)
-    int md_offers_sleep(const md_wait *, uint64_t, uint64_t, uint64_t)
     int md_pool_begin(md_pool *, unsigned char *, size_t, uint32_t, uint32_t)
     void md_pool_clear(md_pool *)
     uint64_t md_pool_reserved(const md_pool *, int, uint32_t, uint32_t)
@@ -113,9 +105,11 @@ cdef extern from "offers.h" nogil:
     int md_pool_loan(md_pool *, uint32_t *)
     void md_pool_discard(md_pool *, uint32_t)
     void md_pool_publish(md_pool *, uint32_t, uint64_t, const void *, size_t)
+    md_wait md_line_wait(md_line *)
     void md_line_refresh(md_pool *, md_line *)
     void md_line_end(md_pool *, md_line *, int, int)
     void md_line_farewell(md_line *)
+    md_wait md_taker_wait(md_taker *)
     int64_t md_taker_pending(md_taker *)
     int md_taker_take(md_taker *, md_taken *)
     void md_taker_give(md_taker *, uint32_t, uint64_t)
@@ -154,14 +148,3 @@ def note_fork():
     """In a fork child: the ends of streams that it inherited are the parent's."""
     global _forks
     _forks += 1
-
-
-cdef int _sleep_on(const md_wait *wait, uint64_t wanted, uint64_t spin, uint64_t limit) except -1:
-    """1: look again; 0: the time ran out, or a signal came, whose handlers have run."""
-    cdef int rc
-    with nogil:
-        rc = md_offers_sleep(wait, wanted, spin, limit)
-    PyErr_CheckSignals()
-    if rc < 0 and rc != -C_EINTR and rc != -C_ETIMEDOUT:
-        _check(rc, "futex")
-    return rc == 0

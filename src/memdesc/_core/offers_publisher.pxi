@@ -32,12 +32,7 @@ cdef class StreamLine:
         cdef md_wait wait
         if self.line.shared == NULL:
             raise TypeError("made by StreamPool._add()")
-        wait.position = &self.line.shared.read
-        wait.wanted = &self.line.shared.wanted
-        wait.bell = &self.line.shared.subscriber_bell
-        wait.ended = &self.line.shared.subscriber_ended
-        wait.gone = &self.line.gone
-        wait.sleeps = &self.line.sleeps
+        wait = md_line_wait(&self.line)
         return bool(_sleep_on(&wait, wanted, spin, limit))
 
 
@@ -142,7 +137,7 @@ cdef class StreamPool:
         cdef int turn
         if slot is None and (timeout is None or timeout):
             for turn in range(SHORT_SPIN):  # as StreamSubscriber.take
-                md_ring_pause()
+                md_pause()
                 md_pool_refresh(&self.pool)
                 if md_pool_blocked(&self.pool) == NULL:
                     slot = self.take()

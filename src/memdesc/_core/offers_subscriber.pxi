@@ -157,7 +157,7 @@ cdef class StreamSubscriber:
                 if md_taker_pending(&self.of.taker):
                     slot = self.find()
                     break
-                md_ring_pause()
+                md_pause()
         if slot is None:
             return self._take(timeout)
         return slot
@@ -189,12 +189,7 @@ cdef class StreamSubscriber:
             self._broke()
         if pending:
             return True
-        wait.position = &of.taker.shared.written
-        wait.wanted = &of.taker.shared.subscriber_wanted
-        wait.bell = &of.taker.shared.bell
-        wait.ended = &of.taker.shared.ended
-        wait.gone = &of.taker.gone
-        wait.sleeps = &of.taker.sleeps
+        wait = md_taker_wait(&of.taker)
         of.inside += 1
         try:
             # Not `written` as it is by now: then an offer put in just before would wake nobody.

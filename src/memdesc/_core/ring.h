@@ -9,31 +9,15 @@
  * shared value is read once, checked, and the copy used: an end reaches no byte outside the area,
  * whatever is written to the shared memory. After -EPROTO an end is broken for ever.
  *
- * Waking: who waits writes which position of the other end it waits for (`wanted`) and looks
- * again; who publishes a position looks whether that was crossed. A full fence on each side lies
- * between, so one of them sees the other. It is crossed once: one waking, not one an entry.
+ * Waking: waking.h. Who publishes a position looks whether what the other wants was crossed.
  *
- * Contract: the caller sees to it that one thread at a time is in an end, but for md_ring_sleep,
- * which touches `wanted` alone. This header compiles alone.
+ * Contract: the caller sees to it that one thread at a time is in an end, but for md_sleep, which
+ * touches `wanted` alone. This header compiles alone.
  */
 #ifndef MEMDESC_RING_H
 #define MEMDESC_RING_H
 
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE
-#endif
-#include <errno.h>
-#include <limits.h>
-#include <linux/futex.h>
-#include <sched.h>
-#include <stdatomic.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <string.h>
-#include <sys/socket.h>
-#include <sys/syscall.h>
-#include <time.h>
-#include <unistd.h>
+#include "waking.h"
 
 #define MD_RING_MAGIC UINT64_C(0x31475251434d444d) /* "MDMCQRG1" */
 #define MD_RING_HEADER ((uint64_t)8)               /* before each entry: its size */
@@ -49,7 +33,6 @@ struct md_ring_side {
     uint64_t magic;            /* in the producer's page, by who makes the ring */
 };
 _Static_assert(sizeof(struct md_ring_side) <= 64, "one cache line");
-_Static_assert(ATOMIC_LLONG_LOCK_FREE == 2 && ATOMIC_INT_LOCK_FREE == 2, "lock-free");
 
 /* What an end knows by itself. */
 struct md_ring {
@@ -107,20 +90,16 @@ static inline int md_ring_ended(struct md_ring *ring) {
            atomic_load_explicit(&ring->gone, memory_order_relaxed);
 }
 
-static inline long md_futex(_Atomic uint32_t *word, int op, uint32_t value,
-                            const struct timespec *limit) {
-    /* Not FUTEX_PRIVATE_FLAG: the word is shared between tasks. */
-    return syscall(SYS_futex, word, op, value, limit, NULL, 0);
+/* What this end waits for: where the other is, or its end. */
+static inline struct md_wait md_ring_wait(struct md_ring *ring) {
+    return (struct md_wait){&ring->theirs->position, &ring->mine->wanted, &ring->theirs->bell,
+                            &ring->theirs->closed,   &ring->gone,         &ring->sleeps};
 }
 
-static inline void md_ring_ring(struct md_ring *ring) {
+/* Wake the other. */
+static inline void md_ring_wake(struct md_ring *ring) {
     ring->rung++;
-    atomic_fetch_add_explicit(&ring->mine->bell, 1, memory_order_seq_cst);
-    md_futex(&ring->mine->bell, FUTEX_WAKE, INT_MAX, NULL);
-    /* A socket that is full tells the same already; one that is gone, nobody. MSG_DONTWAIT is of
-     * this call, so that the other end can not take it off, as it can O_NONBLOCK of an eventfd. */
-    if (ring->bell_fd >= 0 && send(ring->bell_fd, "", 1, MSG_DONTWAIT | MSG_NOSIGNAL) < 0)
-        return;
+    md_wake(&ring->mine->bell, ring->bell_fd);
 }
 
 /* Tell the other where I am, and wake it if it waits for that. */
@@ -133,25 +112,19 @@ static inline void md_ring_publish(struct md_ring *ring) {
     atomic_thread_fence(memory_order_seq_cst);
     uint64_t wanted = atomic_load_explicit(&ring->theirs->wanted, memory_order_relaxed);
     if (before < wanted && wanted <= ring->position)
-        md_ring_ring(ring);
+        md_ring_wake(ring);
 }
 
 static inline void md_ring_close(struct md_ring *ring) {
     atomic_store_explicit(&ring->mine->closed, 1, memory_order_seq_cst);
-    md_ring_ring(ring);
+    md_ring_wake(ring);
 }
 
 /* Have this end's own waiters look: the other is known as ended, or this end is closed. One that is
  * just about to sleep may miss it; the limit of its sleep is short. */
 static inline void md_ring_stop(struct md_ring *ring) {
     atomic_store_explicit(&ring->gone, 1, memory_order_seq_cst);
-    md_futex(&ring->theirs->bell, FUTEX_WAKE, INT_MAX, NULL);
-}
-
-/* Ask to be told when the other crosses `wanted`; then look again. */
-static inline void md_ring_want(struct md_ring *ring, uint64_t wanted) {
-    atomic_store_explicit(&ring->mine->wanted, wanted, memory_order_relaxed);
-    atomic_thread_fence(memory_order_seq_cst);
+    md_stir(&ring->theirs->bell);
 }
 
 /* --- The producer ------------------------------------------------------------------------- */
@@ -212,61 +185,6 @@ static inline void md_ring_drop(struct md_ring *ring) {
     ring->entries++;
     ring->bytes += ring->entry;
     ring->entry = MD_RING_NONE;
-}
-
-/* --- Waiting ------------------------------------------------------------------------------ */
-
-static inline uint64_t md_ring_now(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
-
-static inline void md_ring_pause(void) {
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ __volatile__("yield");
-#endif
-}
-
-static inline int md_ring_reached(struct md_ring *ring, uint64_t wanted) {
-    return atomic_load_explicit(&ring->theirs->position, memory_order_acquire) >= wanted ||
-           md_ring_ended(ring);
-}
-
-/* Wait until the other is at `wanted`, or has ended: for `spin` nanoseconds at first without
- * sleeping (about a microsecond of pauses, then letting others run, and so on), for at most `limit`
- * in all.
- * 0: look again. -ETIMEDOUT. -EINTR: a signal. Needs no lock. */
-static inline int md_ring_sleep(struct md_ring *ring, uint64_t wanted, uint64_t spin,
-                                uint64_t limit) {
-    uint64_t start = md_ring_now(), passed = 0;
-    spin = spin < limit ? spin : limit;
-    while (passed < spin) {
-        for (int turn = 0; turn < 32; turn++) {
-            if (md_ring_reached(ring, wanted))
-                return 0;
-            md_ring_pause();
-        }
-        sched_yield();
-        passed = md_ring_now() - start;
-    }
-    if (md_ring_reached(ring, wanted))
-        return 0;
-    if (passed >= limit)
-        return -ETIMEDOUT;
-    struct timespec left = {(time_t)((limit - passed) / 1000000000u),
-                            (long)((limit - passed) % 1000000000u)};
-    uint32_t heard = atomic_load_explicit(&ring->theirs->bell, memory_order_acquire);
-    md_ring_want(ring, wanted);
-    int rc = 0;
-    if (!md_ring_reached(ring, wanted)) {
-        ring->sleeps++;
-        if (md_futex(&ring->theirs->bell, FUTEX_WAIT, heard, &left) < 0 && errno != EAGAIN)
-            rc = -errno;
-    }
-    return md_ring_reached(ring, wanted) ? 0 : rc;
 }
 
 #endif

@@ -4,18 +4,12 @@
 # the lock of an end. During a long copy other threads wait for its end (`copying`); waiting
 # touches nothing that they need. What is slow or goes wrong is left to the subclass.
 
-from cpython.exc cimport PyErr_CheckSignals
-
-cdef extern from "errno.h":
-    enum:
-        C_EINTR "EINTR"
-        C_ETIMEDOUT "ETIMEDOUT"
-
 cdef extern from "sched.h" nogil:
     int sched_yield()
 
 cdef extern from "ring.h" nogil:
     struct md_ring_side:
+        uint64_t wanted
         uint64_t magic
     struct md_ring:
         md_ring_side *mine
@@ -43,17 +37,13 @@ cdef extern from "ring.h" nogil:
     void md_ring_publish(md_ring *)
     void md_ring_close(md_ring *)
     void md_ring_stop(md_ring *)
-    void md_ring_want(md_ring *, uint64_t)
     int md_ring_room(md_ring *, uint64_t)
     unsigned char *md_ring_target(md_ring *)
     void md_ring_put(md_ring *, uint64_t)
     int md_ring_next(md_ring *)
     unsigned char *md_ring_source(md_ring *)
     void md_ring_drop(md_ring *)
-    uint64_t md_ring_now()
-    void md_ring_pause()
-    int md_ring_reached(md_ring *, uint64_t)
-    int md_ring_sleep(md_ring *, uint64_t, uint64_t, uint64_t)
+    md_wait md_ring_wait(md_ring *)
     size_t C_POSITION "offsetof(struct md_ring_side, position)"
     size_t C_WANTED "offsetof(struct md_ring_side, wanted)"
     size_t C_BELL "offsetof(struct md_ring_side, bell)"
@@ -152,22 +142,20 @@ cdef class RingEnd:
             self.memory = None
 
     cdef bint wait(self, uint64_t wanted, uint64_t spin, uint64_t limit) except -1:
-        cdef int rc
+        cdef md_wait on = md_ring_wait(&self.ring)
         self.inside += 1
-        with nogil:
-            rc = md_ring_sleep(&self.ring, wanted, spin, limit)
-        self.leave()
-        PyErr_CheckSignals()
-        if rc < 0 and rc != -C_EINTR and rc != -C_ETIMEDOUT:
-            _check(rc, "futex")
-        return rc == 0
+        try:
+            return _sleep_on(&on, wanted, spin, limit)
+        finally:
+            self.leave()
 
     cdef bint spin_until(self, uint64_t wanted, deadline) except -1:
-        cdef uint64_t left = self._spin, part
+        cdef md_wait on = md_ring_wait(&self.ring)
+        cdef uint64_t left = self._spin
         cdef double seconds
         cdef int turn
         if deadline is not None:
-            seconds = <double>deadline - <double>md_ring_now() / 1e9
+            seconds = <double>deadline - <double>md_now() / 1e9
             if seconds <= 0:
                 return False
             if seconds * 1e9 < <double>left:
@@ -177,9 +165,9 @@ cdef class RingEnd:
             return False
         # Giving the GIL up and having it back takes as long as what is waited for here.
         for turn in range(SHORT_SPIN):
-            if md_ring_reached(&self.ring, wanted):
+            if md_reached(&on, wanted):
                 return True
-            md_ring_pause()
+            md_pause()
         if self.rest:
             self.rest -= 1
             return False
@@ -187,14 +175,14 @@ cdef class RingEnd:
 
     cdef bint spin_politely(self, uint64_t wanted, uint64_t left) except -1:
         """Spin and let others run; but not the next times, where they want to run for long."""
-        cdef uint64_t part, latest = md_ring_now() + LOST
+        cdef uint64_t part, latest = md_now() + LOST
         cdef bint met = False
         while left and not met:
             part = left if left < LONG_SPIN else LONG_SPIN
             left -= part
             latest += part
             met = self.wait(wanted, part, part) or self.state != OPEN
-        if md_ring_now() < latest:
+        if md_now() < latest:
             self.rests //= 2
         else:
             self.rests = min(max(2 * self.rests, FEW), MANY)
@@ -213,7 +201,7 @@ cdef class RingEnd:
 
     def _want(self, uint64_t wanted):
         self.ready()
-        md_ring_want(&self.ring, wanted)
+        md_want(&self.ring.mine.wanted, wanted)
 
     def _look(self):
         """(my position, the other's, whether it has ended), read now."""

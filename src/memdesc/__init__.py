@@ -37,6 +37,7 @@ The house, from the top down; a room knows only those below it:
 * `queues`               entries of any size from one task to another, through shared memory
 * `alloc`                zones: small pieces of private memory, from a limited pool; io_malloc
 * `handover`             descriptors over Unix sockets and multiprocessing (`portable`: their form)
+* `loop`                 the one I/O thread of a process: sockets and deaths, while it computes
 * `descriptors`          what describes memory: buffers, address ranges, parts, several as one
 * `copyio`               copyin, copyout, copyinstr, copy_between
 * `crossing`             how a block of so many bytes crosses; calibration
@@ -219,7 +220,7 @@ _EXPORTS = {
 }
 _LATER = {name: module for module, names in _EXPORTS.items() for name in names.split()}
 _ROOMS = (
-    "alloc copyio crossing debug descriptors dma errors files handover interop iokit mapping "
+    "alloc copyio crossing debug descriptors dma errors files handover interop iokit loop mapping "
     "memory portable queues services streams testing vm wiring"
 )
 _MODULES = {room: f"memdesc.{room}" for room in _ROOMS.split()} | {

@@ -27,8 +27,8 @@ from children import NOBODY, become, finish, in_child, kill, start
 from puppets import count_fds, full_table, memfds_mapped, wait_until
 
 import memdesc as md
+from memdesc.handover import reducers, transit
 from memdesc.interop import multiprocessing as handles
-from memdesc.interop.multiprocessing import transit
 
 RW = md.Access.READ_WRITE
 RO = md.Access.READ_ONLY
@@ -110,7 +110,7 @@ def test_every_vehicle(method: str, installed: None) -> None:
     turned, plain = seen["inside others"]
     assert (turned["inode"], turned["values"]) == (inode, given.T.tolist())
     assert (plain["found"], plain["wrote"], plain["values"]) == (False, True, [0, 1, 2])
-    assert handles.in_transit() == handles.Transit(0, 0)
+    assert not handles.in_transit().handles
 
 
 @pytest.mark.slow
@@ -172,11 +172,11 @@ def test_a_sender_that_is_killed_loses_nothing(installed: None) -> None:
         with started("fork", children.send_and_die, theirs) as process:
             process.join(60)
             assert process.exitcode == -9
-        assert handles.in_transit() == handles.Transit(1, 1)
+        assert handles.in_transit() == handles.Transit(1, 1, md.round_page(8000))
         got = ours.recv()
     assert got.sum() == 999 * 500
     assert md.descriptor_of(got) is not None
-    assert handles.in_transit() == handles.Transit(0, 0)
+    assert not handles.in_transit().handles
 
 
 def test_where_the_first_process_did_not_install_the_senders_end_is_told() -> None:
@@ -186,7 +186,7 @@ def test_where_the_first_process_did_not_install_the_senders_end_is_told() -> No
         with started("fork", children.install_send_and_die, theirs) as process:
             process.join(60)
             assert process.exitcode == -9
-        with pytest.raises(handles.ArrayLostError) as lost:
+        with pytest.raises(handles.HandleLostError) as lost:
             ours.recv()
     assert lost.value.errno == errno.ECONNREFUSED
     assert isinstance(lost.value.__cause__, md.PeerGoneError)
@@ -216,7 +216,7 @@ def test_a_process_that_can_not_be_started_leaves_nothing(method: str, installed
         process.start()
     del process
     gc.collect()
-    wait_until(lambda: handles.in_transit() == handles.Transit(0, 0))
+    wait_until(lambda: not handles.in_transit().handles)
 
 
 # -- what arrives --------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ def test_what_lies_in_several_objects_arrives() -> None:
         assert got[md.page_size - 100 :][:6].tobytes() == b"second"
         parts[0].write_bytes(100, b"!")
         assert got[0] == ord("!")
-        assert handles.in_transit() == handles.Transit(0, 0)
+        assert not handles.in_transit().handles
 
 
 def test_every_kind_of_descriptor_that_can_be_shared(installed: None) -> None:
@@ -367,7 +367,7 @@ def test_another_user_gets_nothing(installed: None) -> None:
     def fetch() -> int | None:
         try:
             ForkingPickler.loads(form)
-        except handles.ArrayLostError as error:
+        except handles.HandleLostError as error:
             return error.errno
         return 0
 
@@ -406,7 +406,7 @@ def test_what_is_known_is_not_mapped_again(installed: None) -> None:
 
 
 def test_a_thousand_arrays_of_a_slab_with_256_descriptors() -> None:
-    def send_all() -> tuple[int, handles.Transit, int]:
+    def send_all() -> tuple[int, tuple[int, int], int]:
         children.few_descriptors(256)
         with handles.installed():
             slab = md.Slab(1 << 18)
@@ -416,9 +416,10 @@ def test_a_thousand_arrays_of_a_slab_with_256_descriptors() -> None:
             forms = [bytes(ForkingPickler.dumps(array)) for array in given]
             waiting = handles.in_transit()
             got = [ForkingPickler.loads(form) for form in forms]
-            return sum(int(array.sum()) for array in got), waiting, handles.in_transit().arrays
+            told = waiting.handles, waiting.objects
+            return sum(int(array.sum()) for array in got), told, handles.in_transit().handles
 
-    assert in_child(send_all) == (10 * 999 * 500, handles.Transit(1000, 1), 0)
+    assert in_child(send_all) == (10 * 999 * 500, (1000, 1), 0)
 
 
 def test_no_descriptor_left_is_said_on_either_side(installed: None) -> None:
@@ -427,7 +428,7 @@ def test_no_descriptor_left_is_said_on_either_side(installed: None) -> None:
         ForkingPickler.dumps(array)
     assert no.value.reason is md.MappingReason.TOO_MANY_FILES
     form, other = (bytes(ForkingPickler.dumps(one)) for one in (array, array[1:]))
-    with full_table(), pytest.raises(handles.ArrayLostError) as lost:
+    with full_table(), pytest.raises(handles.HandleLostError) as lost:
         ForkingPickler.loads(form)
     assert lost.value.errno == errno.EMFILE
     assert [ForkingPickler.loads(one)[-1] for one in (form, other)] == [4, 4]
@@ -436,7 +437,7 @@ def test_no_descriptor_left_is_said_on_either_side(installed: None) -> None:
 def test_a_handle_is_for_one_receiver(installed: None) -> None:
     form = bytes(ForkingPickler.dumps(numbers(5)))
     first = ForkingPickler.loads(form)
-    with pytest.raises(handles.ArrayLostError) as lost:
+    with pytest.raises(handles.HandleLostError) as lost:
         ForkingPickler.loads(form)
     assert lost.value.errno == errno.ENOENT
     assert first.sum() == 10
@@ -446,7 +447,7 @@ def test_a_handle_is_for_one_receiver(installed: None) -> None:
 def _error_of(form: bytes) -> int | None:
     try:
         ForkingPickler.loads(form)
-    except handles.ArrayLostError as error:
+    except handles.HandleLostError as error:
         return error.errno
     return 0
 
@@ -470,7 +471,7 @@ def test_threads_send_and_receive_at_once(installed: None) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
-    assert handles.in_transit() == handles.Transit(0, 0)
+    assert not handles.in_transit().handles
 
 
 def test_a_signal_handler_sends_while_its_thread_waits_for_the_holder(installed: None) -> None:
@@ -512,7 +513,8 @@ def test_a_signal_handler_in_the_midst_of_the_books_is_refused(installed: None) 
         (b"T" + bytes(15), 0),
         (b"T" + bytes(17), 0),
         (b"X" + bytes(16), 1),
-        (b"K" + bytes(16), 2),
+        (b"T" + bytes(16), 1),
+        (b"C" + bytes(16), 0),
         (b"K" * 100_000, 0),
     ],
 )
@@ -532,8 +534,8 @@ def test_who_says_nonsense_is_hung_up_on(message: bytes, descriptors: int, insta
     assert travel(numbers(3)).tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize(("message", "descriptors"), [(b"T", 0), (b"T", 1), (b"K", 0)])
-def test_what_is_not_there_is_answered(message: bytes, descriptors: int, installed: None) -> None:
+@pytest.mark.parametrize(("message", "answer"), [(b"T", b"n"), (b"K", b"f")])
+def test_what_is_not_there_is_answered(message: bytes, answer: bytes, installed: None) -> None:
     holder = transit.ways.holder
     assert holder is not None
     fds = count_fds()
@@ -541,8 +543,8 @@ def test_what_is_not_there_is_answered(message: bytes, descriptors: int, install
         link.settimeout(30)
         link.connect(holder.address)
         for _ in range(3):
-            socket.send_fds(link, [message + bytes(16)], [0] * descriptors)
-            assert socket.recv_fds(link, 10, 10)[:2] == (b"n", [])
+            link.send(message + bytes(16))
+            assert socket.recv_fds(link, 100, 10)[:2] == (answer + bytes(32), [])
     wait_until(lambda: count_fds() <= fds)
 
 
@@ -560,7 +562,7 @@ def test_a_holder_without_descriptors_says_so_and_goes_on(installed: None) -> No
         with pytest.raises(md.MappingError) as no:
             ForkingPickler.dumps(numbers(3))
         assert no.value.reason is md.MappingReason.TOO_MANY_FILES
-        transit.Link(holder.address).keep(b"0123456789abcdef", os.dup(go))
+        transit.Link(holder.address).keep(b"0123456789abcdef", [os.dup(go)])
         theirs.send(numbers(4))
 
     pid = start(send)
@@ -574,7 +576,7 @@ def test_a_holder_without_descriptors_says_so_and_goes_on(installed: None) -> No
         os.close(gone)
         assert ours.recv().sum() == 6
         assert finish(pid) == 0
-    os.close(holder.take(b"0123456789abcdef"))
+    os.close(*holder.take(b"0123456789abcdef"))
 
 
 @pytest.mark.parametrize(
@@ -582,16 +584,22 @@ def test_a_holder_without_descriptors_says_so_and_goes_on(installed: None) -> No
     [
         (None, 0, md.TimedOutError),
         (b"", 0, md.PeerGoneError),
-        (b"y", 0, md.ProtocolError),
-        (b"y", 2, md.ProtocolError),
-        (b"n", 1, md.PeerGoneError),
-        (b"?", 1, md.PeerGoneError),
+        (b"y", 1, md.PeerGoneError),
+        (b"y" + bytes(32), 0, md.ProtocolError),
+        (b"y" + bytes(32), 2, md.ProtocolError),
+        (b"y" + bytes(33), 1, md.ProtocolError),
+        (b"y" + bytes(32), 1, md.MappingError),
+        (b"n" + bytes(32), 1, md.PeerGoneError),
+        (b"f" + bytes(32), 1, md.MappingError),
+        (b"?" + bytes(32), 1, md.PeerGoneError),
     ],
 )
 def test_a_false_holder_is_seen_through(
     answer: bytes | None, descriptors: int, error: type[md.MemdescError], monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(transit, "PATIENCE", 20 if answer is not None else 0.05)
+    header = reducers.leave(md.BufferMemoryDescriptor(9), None, enforced=True).header
+    handles.forget_in_transit()
     fds = count_fds()
     address = b"\0memdesc-test-" + os.urandom(8).hex().encode()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as false:
@@ -609,8 +617,9 @@ def test_a_false_holder_is_seen_through(
 
         thread = threading.Thread(target=serve)
         thread.start()
-        with pytest.raises(error):
-            transit.take(address, [bytes(16)])
+        with pytest.raises(handles.HandleLostError) as lost:
+            reducers.take(reducers.Handle(header, address, bytes(16)), "a test")
+        assert type(lost.value.__cause__) is error
         transit.ways.close()
         thread.join()
     assert count_fds() <= fds
@@ -624,12 +633,12 @@ def test_what_a_killed_receiver_was_to_get_is_told_and_can_be_forgotten(installe
         array = numbers(3)
         ours.send([array, array[1:], numbers(2)])
         kill(pid)
-        assert handles.in_transit() == handles.Transit(3, 2)
+        assert handles.in_transit() == handles.Transit(3, 2, 2 * md.page_size)
         fds = count_fds()
-        assert handles.forget_in_transit() == handles.Transit(3, 2)
-        assert handles.in_transit() == handles.forget_in_transit() == handles.Transit(0, 0)
+        assert handles.forget_in_transit() == handles.Transit(3, 2, 2 * md.page_size)
+        assert handles.in_transit() == handles.forget_in_transit() == handles.Transit(0, 0, 0)
         assert count_fds() <= fds - 2
-        with pytest.raises(handles.ArrayLostError) as lost:
+        with pytest.raises(handles.HandleLostError) as lost:
             theirs.recv()
         assert lost.value.errno == errno.ENOENT
 

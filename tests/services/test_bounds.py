@@ -15,8 +15,8 @@ from puppets import full_table, wait_until
 from strangers import Stranger
 
 import memdesc as md
+from memdesc.loop import loop
 from memdesc.services import accepting, logs, protocol
-from memdesc.services.loop import loop
 from memdesc.services.rate import Bucket
 
 

@@ -14,8 +14,8 @@ from puppets import count_fds
 
 import memdesc as md
 from memdesc.errors import TimedOutError
+from memdesc.loop import loop
 from memdesc.services import folder
-from memdesc.services.loop import loop
 
 
 def test_the_folder_is_chosen_by_the_environment(monkeypatch, runtime_dir):

@@ -16,7 +16,7 @@ from children import in_child
 from puppets import wait_until
 
 import memdesc as md
-from memdesc.services import loop as loops
+from memdesc import loop as loops
 
 
 def test_nothing_starts_at_import(puppet):
@@ -117,7 +117,7 @@ import ctypes, functools, logging, os, signal
 strike = functools.partial(getattr(ctypes.CDLL(None), "raise"), signal.SIGINT)
 os.register_at_fork(after_in_parent=strike)  # no Python code: the next one to run is interrupted
 import memdesc as md
-from memdesc.services.loop import loop
+from memdesc.loop import loop
 md.Service("camera")
 try:
     pid = os.fork()

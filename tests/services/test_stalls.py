@@ -15,9 +15,9 @@ from puppets import count_fds, wait_until
 from strangers import Stranger, memfd, push
 
 import memdesc as md
+from memdesc.loop import Loop
 from memdesc.memory.closing import discard
 from memdesc.services import protocol
-from memdesc.services.loop import Loop
 
 PAGE = md.page_size
 

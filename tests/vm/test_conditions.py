@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import memdesc as md
+from memdesc.loop import loop
 from memdesc.services.calls.pending import PendingCall
-from memdesc.services.loop import loop
 from memdesc.vm import forks
 from memdesc.vm.forks import Condition, Flag
 

@@ -11,6 +11,8 @@ import os
 import threading
 from collections.abc import Sequence
 
+from memdesc.errors import AllocationError, describe_errno
+
 _PATIENCE = 0.1
 """Seconds that one closing is given all the same: nearly always it takes a few microseconds."""
 
@@ -44,3 +46,11 @@ def _is_memory(fd: int) -> bool:
         return fcntl.fcntl(fd, fcntl.F_GET_SEALS) >= 0
     except OSError:  # EINVAL; EBADF for O_PATH
         return False
+
+
+def no_descriptor(doing: str, error: OSError) -> AllocationError:
+    """Say in the family's terms that a descriptor could not be had (EMFILE, ENFILE, ENOMEM)."""
+    return AllocationError(
+        f"cannot {doing}: {describe_errno(error)}; close descriptors, or raise `ulimit -n`",
+        errno=error.errno,
+    )

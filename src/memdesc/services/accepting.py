@@ -25,12 +25,12 @@ from memdesc.errors import (
     ShareNotFoundError,
     TimedOutError,
 )
+from memdesc.loop import Loop, loop, tell_if_forked
 from memdesc.services import folder, protocol
 from memdesc.services.channel import hang_up
 from memdesc.services.failures import failed
 from memdesc.services.limits import Limits, check_limits
 from memdesc.services.logs import log
-from memdesc.services.loop import Loop, loop, tell_if_forked
 from memdesc.services.peer import Peer
 from memdesc.services.rate import Bucket
 from memdesc.vm import tracing

@@ -27,9 +27,9 @@ from memdesc.errors import (
     ProtocolError,
 )
 from memdesc.handover import close_all, discard, discard_unread, receive_once, too_many_files
+from memdesc.loop import Loop, loop, tell_if_forked
+from memdesc.memory.closing import no_descriptor
 from memdesc.services import protocol
-from memdesc.services.failures import no_descriptor
-from memdesc.services.loop import Loop, loop, tell_if_forked
 from memdesc.vm import tracing
 from memdesc.vm.forks import Condition
 from memdesc.vm.task import Task

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from memdesc.errors import AllocationError
+from memdesc.loop import tell_if_forked
 from memdesc.services.connection import Connection, connect
-from memdesc.services.loop import tell_if_forked
 
 if TYPE_CHECKING:
     from asyncio import Future

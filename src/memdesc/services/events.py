@@ -22,13 +22,13 @@ from memdesc.errors import (
     ProtocolError,
     TimedOutError,
 )
+from memdesc.loop import Loop, tell_if_forked
+from memdesc.memory.closing import no_descriptor
 from memdesc.queues.waiting import deadline_of
 from memdesc.services import protocol
 from memdesc.services.accepting import Accepted, Accepting
-from memdesc.services.failures import no_descriptor
 from memdesc.services.limits import Limits
 from memdesc.services.link import Link
-from memdesc.services.loop import Loop, tell_if_forked
 from memdesc.services.readable import Arrivals
 from memdesc.vm.forks import Condition
 from memdesc.vm.task import Task

@@ -6,7 +6,6 @@ from enum import Enum
 
 from memdesc import errors
 from memdesc.errors import (
-    AllocationError,
     MappingError,
     MappingReason,
     MemdescError,
@@ -16,7 +15,6 @@ from memdesc.errors import (
     SegmentReason,
     WiringError,
     WiringReason,
-    describe_errno,
 )
 from memdesc.services import protocol
 
@@ -64,11 +62,3 @@ def rebuilt(answer: protocol.Failed) -> BaseException:
     if issubclass(kind, RemoteError):
         return kind(answer.message, errno=answer.errno, reference=answer.reason or "")
     return kind(answer.message, errno=answer.errno)
-
-
-def no_descriptor(doing: str, error: OSError) -> AllocationError:
-    """Say in the family's terms that a descriptor could not be had (EMFILE, ENFILE, ENOMEM)."""
-    return AllocationError(
-        f"cannot {doing}: {describe_errno(error)}; close descriptors, or raise `ulimit -n`",
-        errno=error.errno,
-    )

@@ -31,8 +31,8 @@ from memdesc.errors import (
     TimedOutError,
     describe_errno,
 )
-from memdesc.services.failures import no_descriptor
-from memdesc.services.loop import Loop
+from memdesc.loop import Loop
+from memdesc.memory.closing import no_descriptor
 
 BACKLOG = 128
 """Connections that may wait for a service to take them; one more, and who connects waits."""

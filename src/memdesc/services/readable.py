@@ -7,7 +7,7 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from memdesc.errors import ClosedError
-from memdesc.services.failures import no_descriptor
+from memdesc.memory.closing import no_descriptor
 
 if TYPE_CHECKING:
     import asyncio

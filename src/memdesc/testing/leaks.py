@@ -190,8 +190,9 @@ def _read_sockets() -> frozenset[str]:
 def find_leaks(before: Resources, after: Resources) -> list[Leak]:
     """List what `after` has and `before` had not, without what lasts by design.
 
-    That is: multiprocessing's helper processes, its resource sharer, and the one I/O thread
-    of a process with connections, each with the descriptors that belong to it.
+    That is: multiprocessing's helper processes, its resource sharer, the one I/O thread of a
+    process with connections, and the sockets by which descriptors go through multiprocessing, each
+    with the descriptors that belong to it. What is on its way, and nobody took, is a leak.
     """
     leaks = [
         Leak(LeakKind.FD, f"{fd}: {target}") for fd, target in _fds_left(before, after).items()
@@ -243,6 +244,9 @@ def _multiprocessing_fds() -> set[int]:
     listener = getattr(getattr(sharer, "_resource_sharer", None), "_listener", None)
     if listener is not None:
         fds.add(listener._listener._socket.fileno())
+    transit = sys.modules.get("memdesc.handover.transit")
+    if transit is not None:
+        fds |= transit.ways.fds()
     return {fd for fd in fds if fd is not None}
 
 

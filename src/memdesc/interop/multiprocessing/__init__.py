@@ -2,13 +2,13 @@
 
 After `install`, what is sent of such an array through a Process's arguments, a Queue, a Pipe, a
 Pool or `concurrent.futures` is a few hundred bytes; the receiver maps the same pages. All other
-arrays travel as before. The file descriptors go by `transit`.
+arrays travel as before. Descriptors themselves travel so without `install`
+(`memdesc.handover.reducers`), and what is told of what is on its way here is told of both.
 """
 
 from __future__ import annotations
 
 import copyreg
-import os
 import pickle
 import typing
 import weakref
@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import current_process, reduction
-from multiprocessing.context import get_spawning_popen
 from typing import TYPE_CHECKING, Any
 
 from memdesc.descriptors.homes import Home, home_of, span_of
@@ -27,14 +26,13 @@ from memdesc.errors import (
     InvalidArgument,
     MappingError,
     MappingReason,
-    MemdescError,
     SealedError,
 )
-from memdesc.handover import pack, portable_type, unpack
+from memdesc.handover import reducers, transit
+from memdesc.handover.reducers import Handle, HandleLostError as HandleLostError
 from memdesc.interop.arrays import Keeper, placed
-from memdesc.interop.multiprocessing import transit
 from memdesc.mapping import Extent
-from memdesc.vm.pages import Access
+from memdesc.vm.pages import Access, check_length
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,30 +40,35 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 __all__ = [
-    "ArrayLostError",
+    "HandleLostError",
     "Transit",
     "forget_in_transit",
     "in_transit",
     "install",
     "installed",
+    "limit_in_transit",
     "uninstall",
     "writable",
 ]
 
 
-class ArrayLostError(MemdescError, RuntimeError):
-    """An array that was sent as a handle can not be had here; its cause says why.
-
-    No OSError: that a worker of `multiprocessing.Pool` takes for the end of its pipe, silently.
-    """
-
-
 @dataclass(frozen=True, slots=True)
 class Transit:
-    """What this process keeps for receivers that did not come yet: arrays, and objects (files)."""
+    """What this process keeps for receivers that did not come yet.
 
-    arrays: int
+    Attributes
+    ----------
+    handles : int
+        Arrays and descriptors that were sent and not received.
+    objects : int
+        Files that they lie in; each takes one file descriptor.
+    nbytes : int
+        Memory of these, as much as they had when they were sent.
+    """
+
+    handles: int
     objects: int
+    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,13 +118,13 @@ def install(*, access: Access = Access.READ_ONLY, plain: str = "copy") -> None:
     if plain not in ("copy", "refuse"):
         raise InvalidArgument(f"plain is {plain!r}: give 'copy' or 'refuse'")
     access = Access(access)
-    reducers = _reducers()
-    before = reducers.get(np.ndarray) if _settings is None else _settings.before
+    table = _reducers()
+    before = table.get(np.ndarray) if _settings is None else _settings.before
     # A child or a fork server that imports the main module does no more until it sends.
     if not getattr(current_process(), "_inheriting", False):
         transit.ways.to_send()
     _settings = _Settings(access, plain, before)
-    reducers[np.ndarray] = _reduce
+    table[np.ndarray] = _reduce
     _refuse_plain(plain == "refuse")
 
 
@@ -135,11 +138,11 @@ def uninstall() -> None:
     global _settings
     if _settings is None:
         return
-    reducers = _reducers()
+    table = _reducers()
     if _settings.before is None:
-        reducers.pop(np.ndarray, None)
+        table.pop(np.ndarray, None)
     else:
-        reducers[np.ndarray] = _settings.before
+        table[np.ndarray] = _settings.before
     _refuse_plain(False)
     _settings = None
     transit.ways.close()
@@ -197,20 +200,44 @@ def in_transit() -> Transit:
     """Tell what this process keeps for receivers: what is on its way, and what none will take.
 
     A handle that is never unpickled (a killed worker's, a dropped queue's) keeps its memory, and
-    one file descriptor, until `forget_in_transit` or the end of this process.
+    one file descriptor, until `forget_in_transit` or the end of this process. What is left then is
+    told by a ResourceWarning, with its bytes and names.
+
+    In the first process of a program, which installed or sent something, it is what all of them
+    sent; `memdesc ls` shows it, too.
     """
     holder = transit.ways.holder
-    return Transit(0, 0) if holder is None else Transit(*holder.counts())
+    return Transit(0, 0, 0) if holder is None else Transit(*holder.counts())
 
 
 def forget_in_transit() -> Transit:
     """Close all that this process keeps for receivers; give what that was.
 
     For a program that knows that nobody will come for it: its workers were killed, and their queues
-    made anew. Whoever comes all the same gets `ArrayLostError` (ENOENT).
+    made anew. Whoever comes all the same gets `HandleLostError` (ENOENT).
     """
     holder = transit.ways.holder
-    return Transit(0, 0) if holder is None else Transit(*holder.forget_all())
+    return Transit(0, 0, 0) if holder is None else Transit(*holder.forget_all())
+
+
+def limit_in_transit(nbytes: int | None) -> None:
+    """Let no more bytes be on their way with this process than that; None, as at first: any number.
+
+    Who sends what would be more gets `LimitError` (EDQUOT), in whatever process: of a `Pool` or an
+    executor that is the error of the task; the thread of a `Queue` prints it, and drops the item.
+    What is on its way already stays so. Nobody waits: the receiver may be the one who would.
+
+    Parameters
+    ----------
+    nbytes : int, optional
+        Memory of the files that are kept, each counted once, as `in_transit` tells it.
+
+    Notes
+    -----
+    Say it in the first process, which keeps what all of them sent. The number of files has a limit
+    in any case: three quarters of the descriptors that the process may have (RLIMIT_NOFILE).
+    """
+    transit.ways.limit(None if nbytes is None else check_length(nbytes, "nbytes"))
 
 
 # -- sending ---------------------------------------------------------------------------------------
@@ -231,22 +258,16 @@ def _reduce(array: Array) -> Any:
     try:
         part = SubMemoryDescriptor(home.descriptor, home.offset, home.length)
         # Below what its seals allow, read-only is a courtesy: a family is one program.
-        portable, fds = pack(part, access, enforced=False, user=os.geteuid())
+        handle = reducers.leave(part, access, enforced=False)
     except ClosedError:
         return _by_value(array)  # another thread did it just now
     except MappingError as error:
-        if error.reason is MappingReason.TOO_MANY_FILES:
+        if error.reason in (MappingReason.TOO_MANY_FILES, MappingReason.NOT_ANSWERING):
             raise
         return _by_value(array)  # private memory, and what else nobody can be given
-    import msgspec
-
-    address, tokens = transit.leave(fds)
-    starting = get_spawning_popen()
-    if starting is not None:
-        transit.forget_with(starting, tokens)
     first = array.__array_interface__["data"][0] - span_of(array)[0]
     form = array.dtype, array.shape, array.strides, first
-    return _rebuild, (msgspec.msgpack.encode(portable), address, tokens, form)
+    return _rebuild, (tuple(handle), form)
 
 
 def _access(array: Array, home: Home, settings: _Settings) -> Access:
@@ -265,20 +286,10 @@ def _by_value(array: Array) -> Any:
 # -- receiving -------------------------------------------------------------------------------------
 
 
-def _rebuild(header: bytes, address: bytes, tokens: list[bytes], form: Any) -> Array:
-    import msgspec
-
+def _rebuild(handle: tuple[bytes, bytes, bytes], form: Any) -> Array:
     dtype, shape, strides, first = form
-    try:
-        fds = transit.take(address, tokens)
-        portable = msgspec.msgpack.decode(header, type=portable_type())
-        keeper, start = _keeper_of(unpack(portable, fds))
-    except OSError as error:
-        raise ArrayLostError(
-            f"an array of shape {shape} and dtype {dtype} that was sent to task {os.getpid()} can "
-            f"not be had: {error}",
-            errno=error.errno,
-        ) from error
+    received = reducers.take(Handle(*handle), f"an array of shape {shape} and dtype {dtype}")
+    keeper, start = _keeper_of(received)
     return placed(keeper, shape, dtype, offset=start + first, strides=strides)
 
 

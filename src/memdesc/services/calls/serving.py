@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 from memdesc.errors import LimitError, MemdescError, MethodNotFoundError, ProtocolError
 from memdesc.handover import MAX_PIECES, too_many_files
+from memdesc.loop import loop
 from memdesc.services import protocol
 from memdesc.services.accepting import Accepted, Accepting, Allow
 from memdesc.services.calls.incoming import count_bytes, count_files, count_ranges
@@ -24,7 +25,6 @@ from memdesc.services.calls.running import Running
 from memdesc.services.calls.workers import Workers
 from memdesc.services.failures import failed
 from memdesc.services.limits import Limits
-from memdesc.services.loop import loop
 from memdesc.services.protocol.calls import MAX_MEMORY
 from memdesc.vm.pages import page_size
 from memdesc.vm.task import Task

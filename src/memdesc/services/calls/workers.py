@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from memdesc.errors import AllocationError, ClosedError, InvalidArgument
-from memdesc.services.failures import no_descriptor
+from memdesc.memory.closing import no_descriptor
 from memdesc.vm.pages import check_integer
 
 if TYPE_CHECKING:

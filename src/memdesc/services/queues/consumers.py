@@ -21,11 +21,11 @@ from memdesc.errors import (
     ProtocolError,
     TimedOutError,
 )
+from memdesc.memory.closing import no_descriptor
 from memdesc.queues import Consumer, QueueStatistics, notification_pair
 from memdesc.queues.layout import entry_extent
 from memdesc.queues.waiting import deadline_of
 from memdesc.services.accepting import Accepted, Allow
-from memdesc.services.failures import no_descriptor
 from memdesc.services.queues.books import ClientQueues, Slot
 from memdesc.services.readable import Arrivals
 from memdesc.vm.pages import Direction

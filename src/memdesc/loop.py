@@ -1,4 +1,4 @@
-"""The one I/O thread of a process that has services or connections.
+"""The one I/O thread of a process that has services or connections, or keeps what is on its way.
 
 A daemon, started with the first of them, never at import. It answers pushed mappings, notices
 deaths, and delivers answers while the program computes. Handlers run on it one after the other
@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import itertools
+import logging
 import os
 import selectors
 import threading
@@ -26,9 +27,10 @@ from typing import Any, Protocol
 
 from memdesc import copyio, mapping
 from memdesc.errors import ClosedError
-from memdesc.services.failures import no_descriptor
-from memdesc.services.logs import log
+from memdesc.memory.closing import no_descriptor
 from memdesc.vm.forks import Flag
+
+log = logging.getLogger("memdesc.services")
 
 THREAD_NAME = "memdesc-io"
 

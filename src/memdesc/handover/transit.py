@@ -1,0 +1,305 @@
+"""Descriptors on their way from one process of a family to another, which is not known yet.
+
+A pipe of `multiprocessing` carries bytes only. So who sends a handle leaves its file descriptors
+with a *holder*, and the receiver, told the holder's address and a token, takes them there. The
+holder is the family's first process: what a worker sent can be had after the worker's death. Where
+that one has none (it did not install, and sent nothing), each sender is its own holder, and what it
+sent ends with it.
+
+A holder's name is made of the family's `authkey`, which all of it inherit; it is asked only where
+it is of our own user.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import multiprocessing
+import os
+import select
+import socket as sockets
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from multiprocessing import util
+from typing import Protocol
+
+from memdesc.errors import AccessDeniedError, PeerGoneError
+from memdesc.handover.holder import (
+    ANSWER,
+    COUNT,
+    KEEP,
+    NO_FILES,
+    TAKE,
+    TOKEN,
+    TOO_MUCH,
+    YES,
+    Counts,
+    Holder,
+    counts_in,
+    not_there,
+    peer_of,
+    too_many_objects,
+    too_much,
+)
+from memdesc.handover.sockets import receive_with_fds, send_with_fds
+from memdesc.memory.closing import close_all, discard
+from memdesc.vm.forks import lock_for, tell_child
+
+PREFIX = b"\0memdesc-transit-"
+PATIENCE = 60.0
+"""Seconds that a holder has for an answer: its process may be stopped, or hold the GIL."""
+_NAMED = 5
+
+
+class HolderLike(Protocol):
+    """A holder, or the way to one."""
+
+    address: bytes
+
+    def keep(self, token: bytes, fds: Sequence[int]) -> None:
+        """Keep the descriptors of a handle until it is taken; takes them over."""
+
+    def take(self, token: bytes) -> list[int]:
+        """Give what is kept under a token, once."""
+
+
+class Link:
+    """The way to the holder of another process."""
+
+    def __init__(self, address: bytes) -> None:
+        self.address = address
+        self._lock = lock_for(self)
+        self._busy = False
+        self._sock = sockets.socket(sockets.AF_UNIX, sockets.SOCK_SEQPACKET)
+        try:
+            self._sock.settimeout(PATIENCE)
+            self._sock.connect(address)
+            user = peer_of(self._sock)[1]
+            if user != os.geteuid():
+                raise AccessDeniedError(
+                    f"what keeps the memory belongs to user {user}, this process to user "
+                    f"{os.geteuid()}: handles travel between processes of one user",
+                    errno=errno.EACCES,
+                )
+        except (ConnectionRefusedError, FileNotFoundError) as error:
+            self._sock.close()
+            raise PeerGoneError(
+                "the process that kept the memory has ended (have the first one of the program "
+                "call memdesc.interop.multiprocessing.install(): then that one keeps it), or this "
+                "one is in another network namespace",
+                errno=error.errno,
+            ) from error
+        except BaseException:
+            self._sock.close()
+            raise
+
+    def keep(self, token: bytes, fds: Sequence[int]) -> None:
+        """Have descriptors kept there; closes them."""
+        try:
+            came = self._ask(KEEP + token, fds)
+        finally:
+            close_all(fds)
+        discard(came)
+
+    def take(self, token: bytes) -> list[int]:
+        """Take what is kept there."""
+        return self._ask(TAKE + token, [])
+
+    def counts(self) -> Counts:
+        """Tell what is kept there."""
+        self._ask(COUNT, [])
+        return self._counts
+
+    def _ask(self, message: bytes, fds: Sequence[int]) -> list[int]:
+        with self._lock:
+            if self._busy:  # a signal handler of the thread that waits for its answer further down
+                with closing(Link(self.address)) as other:
+                    return other._ask(message, fds)
+            self._busy = True
+            try:
+                send_with_fds(self._sock, message, fds)
+                answer, came = receive_with_fds(self._sock, ANSWER, ANSWER)
+            except BaseException:
+                self.close()  # the answer to come would be taken for that to the next question
+                raise
+            finally:
+                self._busy = False
+        self._counts, limit = counts_in(answer)
+        if answer[:1] == YES:
+            return came
+        discard(came)
+        if answer[:1] == NO_FILES:
+            raise too_many_objects(self._counts)
+        if answer[:1] == TOO_MUCH:
+            raise too_much(self._counts, limit)
+        raise not_there()
+
+    def fileno(self) -> int:
+        """The socket's descriptor."""
+        return self._sock.fileno()
+
+    def close(self) -> None:
+        """Hang up."""
+        if hasattr(self, "_sock"):
+            self._sock.close()
+
+    __del__ = close
+
+    @property
+    def closed(self) -> bool:
+        """Whether it can be asked no more: this end, or the holder, has hung up."""
+        poller = select.poll()
+        if (fd := self._sock.fileno()) >= 0:
+            poller.register(fd, 0)  # no answer that is on its way, its end alone
+        return fd < 0 or bool(poller.poll(0))
+
+
+class Ways:
+    """This process's holder, if it has one, and its ways to those of others."""
+
+    def __init__(self) -> None:
+        self._holder: Holder | None = None
+        self._links: dict[bytes, Link] = {}
+        self._limit: int | None = None
+        self._lock = lock_for(self)
+        self._warns = False
+        tell_child(self)
+
+    @property
+    def holder(self) -> Holder | None:
+        """This process's own."""
+        holder = self._holder
+        return None if holder is None or holder.closed else holder
+
+    def to_send(self) -> HolderLike:
+        """The holder that this process leaves things with, made now if there is none."""
+        with self._lock:
+            if self.holder is not None:
+                self.holder.ending = False
+                return self.holder
+            address = _family_address()
+            try:
+                return self._link(address)
+            except (PeerGoneError, AccessDeniedError):
+                self._holder = self._open(address)
+                return self._holder
+
+    def fds(self) -> set[int]:
+        """The descriptors of its sockets, which last as this process does; not what is kept."""
+        with self._lock:
+            links = {link.fileno() for link in self._links.values()}
+            return links if self.holder is None else links | self.holder.fds()
+
+    def limit(self, nbytes: int | None) -> None:
+        """Let this process's holder keep no more bytes."""
+        with self._lock:
+            self._limit = nbytes
+            if self._holder is not None:
+                self._holder.limit = nbytes
+
+    def _open(self, address: bytes) -> Holder:
+        if not self._warns:
+            self._warns = True
+            # After this process has waited for its children; so not by `atexit`.
+            util.Finalize(None, self._warn, exitpriority=-100)
+        if multiprocessing.parent_process() is None:
+            try:
+                return Holder(address, self._limit)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+        return Holder(address + os.urandom(8).hex().encode(), self._limit)
+
+    def to(self, address: bytes) -> HolderLike:
+        """The holder of that address."""
+        with self._lock:
+            if self.holder is not None and self.holder.address == address:
+                return self.holder
+            return self._link(address)
+
+    def _link(self, address: bytes) -> Link:
+        link = self._links.get(address)
+        if link is None or link.closed:
+            # Many a sender was a holder, and has ended.
+            self._links = {at: known for at, known in self._links.items() if not known.closed}
+            link = self._links[address] = Link(address)
+        return link
+
+    def close(self) -> None:
+        """Hang up, and end the holder once nothing waits there."""
+        with self._lock:
+            for link in self._links.values():
+                link.close()
+            self._links.clear()
+            if self._holder is not None:
+                self._holder.end_when_idle()
+
+    def _inherit(self) -> None:
+        for link in self._links.values():
+            link.close()
+        self._links.clear()
+        if self._holder is not None:
+            self._holder.forked()
+            self._holder = None
+        self._warns = False  # a child of multiprocessing forgets what its parent does at exit
+
+    def _warn(self) -> None:
+        holder = self.holder
+        if holder is None or not (counts := holder.counts()).handles:
+            return
+        names = holder.names()
+        more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+        warnings.warn(
+            f"memdesc: {counts.handles:,} handles that were sent and never received end with task "
+            f"{os.getpid()}, which kept {counts.nbytes:,} bytes for them: "
+            f"{', '.join(names[:_NAMED])}{more}",
+            ResourceWarning,
+            stacklevel=1,
+        )
+
+
+def _family_address() -> bytes:
+    """The name of the first process's holder: as secret, until it listens, as the `authkey`."""
+    key = bytes(multiprocessing.current_process().authkey)
+    name = hashlib.blake2b(b"memdesc transit", key=key[:64], digest_size=16).hexdigest()
+    return PREFIX + name.encode()
+
+
+ways = Ways()
+
+
+def leave(fds: Sequence[int]) -> tuple[bytes, bytes]:
+    """Leave the descriptors of a handle with a holder, and close them: (its address, a token).
+
+    Raises
+    ------
+    PeerGoneError, TimedOutError
+        The holder ended just now, or does not answer.
+    MappingError
+        TOO_MANY_FILES: it has no descriptor left.
+    LimitError
+        It keeps as many bytes as it may (EDQUOT).
+    """
+    try:
+        holder = ways.to_send()
+    except BaseException:
+        close_all(fds)
+        raise
+    token = os.urandom(TOKEN)
+    holder.keep(token, fds)
+    return holder.address, token
+
+
+def take(address: bytes, token: bytes) -> list[int]:
+    """Take what was left; the caller closes the descriptors."""
+    return ways.to(address).take(token)
+
+
+def forget_with(owner: object, token: bytes) -> None:
+    """Close what nobody took of a handle when `owner` is collected."""
+    holder = ways.holder
+    if holder is not None:
+        call: Callable[..., object] = holder.forget
+        weakref.finalize(owner, call, [token]).atexit = False

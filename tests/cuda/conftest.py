@@ -8,9 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 from fake_driver import FakeDriver, MemoryOf
+from fake_runtime import FakeRuntime
 
 import memdesc as md
-from memdesc.dma.cuda import CudaDevice, CudaDriver, copies, registrations
+from memdesc.dma.cuda import CudaDevice, CudaDriver, copies, driver as boundary, registrations
 from memdesc.dma.cuda.driver import Driver
 
 
@@ -60,15 +61,33 @@ def no_gpu() -> str:
     return ""
 
 
-@pytest.fixture(params=["fake", "cuda"])
-def driver(request: pytest.FixtureRequest, no_gpu: str) -> Driver:
-    """Both, one after the other; skipped with what CUDA says where it has no GPU."""
+OPENED_WHEN_NEEDED = pytest.mark.leaves("fd", "mapping", reason="CUDA opens its devices at need")
+
+
+@pytest.fixture(
+    params=["fake", "boundary", pytest.param("cuda", marks=OPENED_WHEN_NEEDED)],
+)
+def driver(
+    request: pytest.FixtureRequest, no_gpu: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Driver]:
+    """The fake driver, that one behind the boundary to CUDA, and CUDA.
+
+    CUDA is skipped with what it says where it has no GPU.
+    """
+    if request.param == "cuda":
+        if no_gpu:
+            pytest.skip(f"no GPU: {no_gpu}")
+        yield CudaDriver()
+        return
+    fake: FakeDriver = request.getfixturevalue("fake")
     if request.param == "fake":
-        fake: FakeDriver = request.getfixturevalue("fake")
-        return fake
-    if no_gpu:
-        pytest.skip(f"no GPU: {no_gpu}")
-    return CudaDriver()
+        yield fake
+        return
+    pytest.importorskip("cuda.bindings.runtime")
+    runtime = FakeRuntime(fake)
+    monkeypatch.setattr(boundary, "_import_runtime", lambda: runtime)
+    yield CudaDriver()
+    assert int(runtime.cudaGetLastError()[0]) == 0  # nobody finds an error of ours
 
 
 @pytest.fixture

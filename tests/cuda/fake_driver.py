@@ -239,7 +239,11 @@ class FakeDriver:
         self._enter("unregister", "unregister")
         known = self.registrations.get(address)
         if known is None:
-            raise self._error("unregister", NOT_REGISTERED)
+            within = any(
+                start < address < start + other.nbytes
+                for start, other in list(self.registrations.items())
+            )
+            raise self._error("unregister", INVALID_VALUE if within else NOT_REGISTERED)
         if mapped(address, known.nbytes) is None:
             self.violations.append(f"{address:#x} was unmapped before it was unregistered")
         with self.changed:

@@ -255,6 +255,7 @@ def test_the_boundary_turns_answers_into_errors(monkeypatch: pytest.MonkeyPatch)
     code[0] = 600
     assert not driver.event_done(1)
     assert not driver.stream_done(1)
+    assert len(forgotten) == 8
     code[0] = 0
     assert driver.event_done(1)
     assert driver.stream_done(1)
@@ -262,7 +263,7 @@ def test_the_boundary_turns_answers_into_errors(monkeypatch: pytest.MonkeyPatch)
     code[0] = 700
     with pytest.raises(md.DeviceError):
         driver.event_done(1)
-    assert len(forgotten) == 7
+    assert len(forgotten) == 9
 
 
 def test_a_library_that_can_not_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,8 +36,11 @@ if TYPE_CHECKING:
 Span = tuple[int, int, int]
 """(to, source, bytes): of one call."""
 
-_LONGEST_NAP = 1e-3
-"""Seconds that a wait sleeps before it looks again, at most: a sixteenth of its time so far."""
+_NAP, _LONGEST_NAP = 1 / 64, 250e-6
+"""A wait sleeps for that share of its time so far before it looks again, and so many seconds at most.
+
+It is what a copy that is over waits for nothing: that much of the speed of who waits for each.
+"""
 
 _SPARE = 64
 """Events that a device keeps for its next copies."""
@@ -240,7 +243,7 @@ class Copy:
                 return False
             waited = time.monotonic() - began
             if waited > SPIN:
-                time.sleep(min(waited / 16, _LONGEST_NAP, left))
+                time.sleep(min(waited * _NAP, _LONGEST_NAP, left))
         return True
 
     def __await__(self) -> Generator[Any, None, None]:
@@ -284,9 +287,8 @@ def settle(beyond: int = 0) -> None:
     """Let go of what is over, the oldest first, where more than so many are known."""
     if len(_in_flight) <= beyond:
         return
-    for copy in list(_in_flight):
-        if not copy.done:
-            break
+    while (oldest := next(iter(_in_flight), None)) is not None and oldest.done:
+        _in_flight.pop(oldest, None)  # where who saw its end did not come that far
 
 
 class _Watchers:

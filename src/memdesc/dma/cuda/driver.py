@@ -218,6 +218,7 @@ class CudaDriver:
     def _is_done(self, call: str, handle: int) -> bool:
         (code,) = self._answer(call, handle)
         if int(code) == NOT_READY:
+            self._runtime.cudaGetLastError()  # CUDA keeps it like any other error
             return False
         self._check(call, code)
         return True

@@ -20,7 +20,7 @@ EDITABLE := --no-build-isolation --config-settings build-dir=build/editable --ed
 
 .NOTPARALLEL:
 .PHONY: help demo test test-fast test-wheel test-user test-container storm interleave sanitize \
-	fuzz bench docs wheel lint types layers headers format clean
+	fuzz bench gpu docs wheel lint types layers headers format clean
 
 help:
 	@echo "make demo            the main job; make demo ARGS='--json FILE ...' passes arguments on"
@@ -35,6 +35,7 @@ help:
 	@echo "make sanitize        the core under the thread sanitizer, and the address sanitizer"
 	@echo "make fuzz            a minute of hostile clients and peers; FUZZ=3600: an hour"
 	@echo "make bench           the benchmarks, and what they measure against (iceoryx2, pyzmq)"
+	@echo "make gpu             what needs an NVIDIA GPU: its tests and benchmarks, in ten minutes"
 	@echo "make docs            the documentation, into docs/_build/html"
 	@echo "make wheel           the abi3 wheel, into dist"
 	@echo "make format          put the code into form"
@@ -79,6 +80,9 @@ fuzz: .venv/test.stamp
 
 bench: .venv/bench.stamp
 	@for file in $(BENCHMARKS); do $(BIN)/python $$file $(ARGS) || exit; done
+
+gpu: .venv/gpu.stamp
+	@$(BIN)/python tests/runs.py gpu $(RUN_ARGS)
 
 docs: .venv/docs.stamp
 	@$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
@@ -135,6 +139,12 @@ clean:
 	@$(PIP_INSTALL) --only-binary torch "$$(sed -n 's/^torch==.*/&+cpu/p' constraints.txt)" \
 		2>/dev/null || echo "== no build of PyTorch without CUDA is to be had here: its tests are \
 	skipped; $(BIN)/pip install '.[torch]' brings another build"
+	@touch $@
+
+# PyTorch in the build for CUDA (===: not the one without, which is of the same version).
+.venv/gpu.stamp: .venv/test.stamp
+	@$(PIP_INSTALL) --only-binary torch "$$(sed -n 's/^torch==/torch===/p' constraints.txt)" \
+		|| echo "== PyTorch for CUDA is not to be had here: what needs it is left out"
 	@touch $@
 
 .venv/bench.stamp: .venv/build.stamp pyproject.toml $(CORE) $(FOLDERS)

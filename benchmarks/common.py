@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -36,6 +37,20 @@ def machine() -> dict[str, Any]:
         "shmem_thp": thp.read_text().strip() if thp.exists() else None,
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def gpu_facts() -> str | None:
+    """The GPU's driver and bus, as nvidia-smi tells them; None where there is none."""
+    command = [
+        "nvidia-smi",
+        "--query-gpu=name,driver_version,pcie.link.gen.current,pcie.link.width.current",
+        "--format=csv,noheader",
+    ]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return asked.stdout.strip() if asked.returncode == 0 else None
 
 
 def summary(samples: list[float]) -> dict[str, float]:

@@ -9,28 +9,38 @@ Of 1 MiB to 1 GiB, to the device and back, several copies under way at a time, b
 
 Rounds of all of them alternate. What holds: at least 0.98 of pinned memory's bytes a second, at
 least 2.5 times pageable memory's; and the bytes that came back are those that the other process
-wrote. Without a GPU nothing is measured, which it says.
+wrote. Without a GPU nothing is measured, which it says. Where there is no memory for the largest
+size it is left out, which it says too.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
-from common import finish, summary
+from common import finish, gpu_facts, summary
 
 import memdesc as md
-from memdesc.dma.cuda import CudaDevice
+from memdesc.dma.cuda import Attribute, CudaDevice
 from memdesc.dma.cuda.driver import Kind
 
 MIB = 1 << 20
+SIZES = [MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB, 1024 * MIB]
+
+DEPTH = 16
+"""Copies that the program has under way at a time."""
+
+LEAST_ROUNDS = 3
+"""Of each size, however long they take."""
 
 OTHER = """
 import sys, numpy as np, memdesc as md
@@ -43,7 +53,8 @@ with md.connect(sys.argv[1]) as service:
     print("filled", flush=True)
     for line in sys.stdin:
         nbytes = int(line)
-        print(bool(np.array_equal(there[:nbytes], back[:nbytes])), flush=True)
+        parts = [slice(at, min(at + (64 << 20), nbytes)) for at in range(0, nbytes, 64 << 20)]
+        print(all(np.array_equal(there[part], back[part]) for part in parts), flush=True)
         back[:nbytes] = 0
 """
 
@@ -114,6 +125,21 @@ def pinned_memory(device: CudaDevice, nbytes: int) -> Iterator[tuple[int, str]]:
             driver.free_host(address)
 
 
+@contextmanager
+def device_memory(device: CudaDevice, nbytes: int) -> Iterator[tuple[int, int, int]]:
+    """Memory of the device, and for bare calls a stream and an event."""
+    with device.current() as driver:
+        pointer, stream = driver.allocate(nbytes), driver.create_stream()
+        event = driver.create_event()
+    try:
+        yield pointer, stream, event
+    finally:
+        with device.current() as driver:
+            driver.destroy_event(event)
+            driver.destroy_stream(stream)
+            driver.free(pointer)
+
+
 Way = Callable[[Kind, int, int], object]
 """Copies (which way, bytes, how often), and waits."""
 
@@ -133,63 +159,108 @@ def bare(device: CudaDevice, pointer: int, address: int, stream: int, event: int
     return run
 
 
-def ours(pinned: md.dma.PinnedMemory, back: md.dma.PinnedMemory, pointer: int) -> Way:
+def ours(there: md.dma.PinnedMemory, back: md.dma.PinnedMemory, pointer: int) -> Way:
+    """As a program does it: some copies under way, and the oldest is waited for."""
+
     def run(kind: Kind, nbytes: int, count: int) -> None:
-        copy = pinned.copy_to_device if kind is Kind.TO_DEVICE else back.copy_from_device
-        for _ in range(count - 1):
-            copy(pointer, 0, nbytes)
-        copy(pointer, 0, nbytes).wait()
+        copy = there.copy_to_device if kind is Kind.TO_DEVICE else back.copy_from_device
+        under_way: deque[md.dma.Copy] = deque()
+        for _ in range(count):
+            if len(under_way) == DEPTH:
+                under_way.popleft().wait()
+            under_way.append(copy(pointer, 0, nbytes))
+        while under_way:
+            under_way.popleft().wait()
 
     return run
 
 
-def measure(
-    device: CudaDevice, sizes: list[int], rounds: int, at_least: int
-) -> tuple[dict[str, Any], bool, str]:
-    """Every size both ways: (results by case, whether the bytes are equal, whose pinned memory)."""
-    largest, equal = max(sizes), True
-    samples: dict[str, dict[str, list[float]]] = {}
-    pageable = np.zeros(largest, "u1")
-    with device.current() as driver:
-        pointer, stream = driver.allocate(largest), driver.create_stream()
-        event = driver.create_event()
-    try:
-        with shared(largest) as two, pinned_memory(device, largest) as (address, whose):
-            with device.registered(two.there) as there, device.registered(two.back) as back:
-                ways = {
-                    "memdesc": ours(there, back, pointer),
-                    "pinned": bare(device, pointer, address, stream, event),
-                    "pageable": bare(device, pointer, pageable.ctypes.data, stream, event),
-                }
-                for nbytes in sizes:
-                    for turn in range(rounds + 1):  # the first one warms up
-                        once(ways, nbytes, max(at_least // nbytes, 1), samples, turn > 0)
-                    ways["memdesc"](Kind.TO_DEVICE, nbytes, 1)
-                    ways["memdesc"](Kind.FROM_DEVICE, nbytes, 1)
-                    equal &= two.equal(nbytes)
-    finally:
-        with device.current() as driver:
-            driver.destroy_event(event)
-            driver.destroy_stream(stream)
-            driver.free(pointer)
-    return {case: summed(ways) for case, ways in samples.items()}, equal, whose
+class Bench:
+    """All that is measured with, of one largest size.
+
+    Attributes
+    ----------
+    whose : str
+        Whose pinned memory it is measured against.
+    registering : dict of str to float
+        Seconds that pinning took, once.
+    """
+
+    def __init__(self, device: CudaDevice, largest: int, stack: ExitStack) -> None:
+        pointer, stream, event = stack.enter_context(device_memory(device, largest))
+        self.two = stack.enter_context(shared(largest))
+        pageable = np.full(largest, 1, "u1")  # else all of it would be one page of zeros
+        start = time.perf_counter()
+        address, self.whose = stack.enter_context(pinned_memory(device, largest))
+        allocated = time.perf_counter()
+        there = stack.enter_context(device.registered(self.two.there))
+        registered = time.perf_counter()
+        back = stack.enter_context(device.registered(self.two.back))
+        self.registering = {
+            "bytes": largest,
+            "seconds to register": registered - allocated,
+            "seconds to allocate pinned memory": allocated - start,
+        }
+        self.ways = {
+            "memdesc": ours(there, back, pointer),
+            "pinned": bare(device, pointer, address, stream, event),
+            "pageable": bare(device, pointer, pageable.ctypes.data, stream, event),
+        }
+        self._held = pageable
+
+    def equal(self, nbytes: int) -> bool:
+        """Whether the bytes of the other process come back to it."""
+        for kind in (Kind.TO_DEVICE, Kind.FROM_DEVICE):
+            self.ways["memdesc"](kind, nbytes, 1)
+        return self.two.equal(nbytes)
+
+    def measure(
+        self, nbytes: int, rounds: int, at_least: int, seconds: float
+    ) -> dict[str, dict[str, list[float]]]:
+        """GB/s of each way and round, by case; rounds end when the time is over."""
+        deadline = time.perf_counter() + seconds
+        self.round(nbytes, 0, at_least)  # warms up
+        samples: dict[str, dict[str, list[float]]] = {}
+        for turn in range(rounds):
+            if turn >= LEAST_ROUNDS and time.perf_counter() > deadline:
+                break
+            for case, speeds in self.round(nbytes, turn, at_least).items():
+                for way, speed in speeds.items():
+                    samples.setdefault(case, {}).setdefault(way, []).append(speed)
+        return samples
+
+    def round(self, nbytes: int, turn: int, at_least: int) -> dict[str, dict[str, float]]:
+        """One after the other, each time another one first."""
+        found: dict[str, dict[str, float]] = {}
+        names = list(self.ways)
+        first = turn % len(names)
+        for kind, word in ((Kind.TO_DEVICE, "to"), (Kind.FROM_DEVICE, "from")):
+            speeds = found[f"{nbytes / MIB:g} MiB {word} the device"] = {}
+            for name in names[first:] + names[:first]:
+                # Pageable memory is slow: a quarter of the bytes takes as long.
+                count = max(at_least // (4 if name == "pageable" else 1) // nbytes, 1)
+                start = time.perf_counter()
+                self.ways[name](kind, nbytes, count)
+                speeds[name] = count * nbytes / (time.perf_counter() - start) / 1e9
+        return found
 
 
-def once(
-    ways: dict[str, Way],
-    nbytes: int,
-    count: int,
-    samples: dict[str, dict[str, list[float]]],
-    counts: bool,
-) -> None:
-    for kind, word in ((Kind.TO_DEVICE, "to the device"), (Kind.FROM_DEVICE, "from the device")):
-        rows = samples.setdefault(f"{nbytes // MIB or 1} MiB {word}", {})
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way(kind, nbytes, count)
-            took = time.perf_counter() - start
-            if counts:
-                rows.setdefault(name, []).append(count * nbytes / took / 1e9)
+@contextmanager
+def bench(device: CudaDevice, sizes: list[int]) -> Iterator[tuple[Bench, list[int]]]:
+    """What there is memory for: (what to measure with, the sizes)."""
+    while True:
+        with ExitStack() as stack:
+            try:
+                made = Bench(device, max(sizes), stack)
+            except (OSError, MemoryError, RuntimeError) as error:  # torch's is a RuntimeError
+                none = getattr(error, "errno", errno.ENOMEM) in (errno.ENOMEM, errno.ENOSPC)
+                if len(sizes) == 1 or not none:
+                    raise
+                print(f"{max(sizes) / MIB:g} MiB is left out: {error}")
+            else:
+                yield made, sizes
+                return
+        sizes = sorted(sizes)[:-1]
 
 
 def summed(ways: dict[str, list[float]]) -> dict[str, Any]:
@@ -203,29 +274,51 @@ def summed(ways: dict[str, list[float]]) -> dict[str, Any]:
     return rows
 
 
+def facts(device: CudaDevice) -> dict[str, Any]:
+    """What the device is, as far as the figures depend on it."""
+    return {"name": device.name, "driver": gpu_facts()} | {
+        attribute.value: device.attribute(attribute) for attribute in Attribute
+    }
+
+
+def show(case: str, rows: dict[str, Any]) -> None:
+    """Print a line as soon as it is known."""
+    speeds = "   ".join(
+        f"{way} {rows[way]['median']:6.1f} GB/s" for way in ("memdesc", "pinned", "pageable")
+    )
+    print(f"{case:28} {speeds}   {rows['of pinned']:.3f} of pinned", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=120, help="no further rounds after that")
     parser.add_argument("--short", action="store_true", help="few bytes, to see that it runs")
     arguments, _ = parser.parse_known_args()
-    short = arguments.short
     try:
         device = CudaDevice()
     except md.UnsupportedError as error:
         print(f"nothing was measured: {error}")
         return
-    sizes = [MIB, 4 * MIB] if short else [MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB, 1024 * MIB]
-    rounds, at_least = (1, 8 * MIB) if short else (arguments.rounds, 1024 * MIB)
-    results, equal, whose = measure(device, sizes, rounds, at_least)
+    sizes, rounds, at_least = SIZES, arguments.rounds, 4096 * MIB
+    if arguments.short:
+        sizes, rounds, at_least = SIZES[:2], 1, 8 * MIB
+    results: dict[str, Any] = {}
+    equal = True
+    with bench(device, sizes) as (made, possible):
+        for nbytes in possible:
+            share = arguments.seconds / len(possible)
+            for case, speeds in made.measure(nbytes, rounds, at_least, share).items():
+                results[case] = summed(speeds)
+                show(case, results[case])
+            equal &= made.equal(nbytes)
     checks = {"the bytes are those that the other process wrote": equal}
+    if not arguments.short:
+        checks["all sizes were measured"] = possible == SIZES
     for case, rows in results.items():
-        speeds = "   ".join(
-            f"{way} {rows[way]['median']:6.1f} GB/s" for way in ("memdesc", "pinned", "pageable")
-        )
-        print(f"{case:28} {speeds}   {rows['of pinned']:.3f} of pinned")
         checks[f"{case}: at least 0.98 of pinned"] = rows["of pinned"] >= 0.98
         checks[f"{case}: at least 2.5 of pageable"] = rows["of pageable"] >= 2.5
-    results["gpu"], results["pinned memory"] = device.name, whose
+    results |= {"gpu": facts(device), "pinned memory": made.whose, "registering": made.registering}
     finish("gpu", __doc__ or "", results, checks)
 
 

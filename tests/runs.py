@@ -5,8 +5,10 @@
     runs.py wheel      the wheel, on every CPython >= 3.11 that is found (--short: oldest, newest)
     runs.py sanitized  what writes memory in the core, compiled with the address sanitizer
     runs.py fuzz       tests/fuzz/fuzz.py, on such a core (--seconds: how long)
+    runs.py gpu        what needs a GPU: its tests, and its benchmarks, whose results are kept
 
-`--short` leaves out what is slow. What this machine does not allow is said, and is no failure.
+`--short` leaves out what is slow. What this machine does not allow is said, and is no failure; but
+without a GPU `gpu` fails.
 """
 
 from __future__ import annotations
@@ -40,6 +42,37 @@ print("{}.{}".format(*sys.version_info)) if (
     and not sysconfig.get_config_var("Py_GIL_DISABLED")
 ) else sys.exit(1)
 """
+GPU = """
+import importlib.metadata, platform, shutil, subprocess, sys
+def said(*words): print("  ", *words, flush=True)
+said("Python", platform.python_version(), "on Linux", platform.release())
+if shutil.which("nvidia-smi"):
+    subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version,memory.total,"
+        "pcie.link.gen.max,pcie.link.width.max", "--format=csv,noheader"], timeout=60)
+else:
+    said("nvidia-smi is not there")
+for name in ("numpy", "cuda-bindings", "torch"):
+    try:
+        said(name, importlib.metadata.version(name))
+    except ImportError:
+        said(name, "is not installed")
+try:
+    import torch
+    said("torch is built for CUDA", torch.version.cuda, "and finds", torch.cuda.device_count(),
+        "GPUs")
+except ImportError as error:
+    said("torch can not be imported:", error, "(what needs it is left out)")
+import memdesc
+from memdesc.dma.cuda import Attribute, CudaDevice
+try:
+    device = CudaDevice(0)
+except memdesc.MemdescError as error:
+    sys.exit(f"no GPU: {error}")
+from cuda.bindings import runtime
+said("the driver is of CUDA", runtime.cudaDriverGetVersion()[1], "the runtime",
+    runtime.cudaRuntimeGetVersion()[1])
+said(device.name, {item.name: device.attribute(item) for item in Attribute})
+"""
 NOT_COPIED = shutil.ignore_patterns(
     ".git", ".venv*", "build", "dist", "_build", "__pycache__", ".*_cache", ".hypothesis"
 )
@@ -48,12 +81,14 @@ NOT_COPIED = shutil.ignore_patterns(
 def main() -> int:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("where", choices=["user", "container", "wheel", "sanitized", "fuzz"])
+    parser.add_argument("where", choices=["user", "container", "wheel", "sanitized", "fuzz", "gpu"])
     parser.add_argument("--short", action="store_true", help="without what is slow")
     parser.add_argument("--seconds", type=float, default=60.0, help="of fuzzing")
     arguments = parser.parse_args()
     if arguments.where == "fuzz":
         return run_fuzz(arguments.seconds)
+    if arguments.where == "gpu":
+        return run_gpu(arguments.short)
     run = {
         "user": run_as_user,
         "container": run_as_container,
@@ -128,6 +163,37 @@ def run_fuzz(seconds: float) -> int:
     python = sanitized_python() or Path(sys.executable)
     command = [sys.executable, "tests/fuzz/fuzz.py", f"--seconds={seconds}", "--python", python]
     return subprocess.run(command, cwd=ROOT, check=False).returncode
+
+
+def run_gpu(short: bool) -> int:
+    """Run what needs a GPU with this interpreter, within ten minutes; each part whatever others do.
+
+    Needs the package, pytest, pytest-timeout and hypothesis in it, for all of it torch; no network.
+    """
+    print("== the GPU", flush=True)
+    if subprocess.run([sys.executable, "-P", "-c", GPU], cwd=ROOT, check=False).returncode:
+        return 1
+    pytest = ["-P", "-m", "pytest", "--quiet", "--timeout=60", "tests/cuda", "tests/pytorch"]
+    keep = ["--short"] if short else ["--save"]
+    parts = {
+        "tests/cuda and tests/pytorch": (pytest, 220),
+        "benchmarks/gpu.py": (["benchmarks/gpu.py", *keep], 160),
+        "benchmarks/dataloader.py": (["benchmarks/dataloader.py", *keep], 150),
+    }
+    ended: dict[str, str] = {}
+    for name, (arguments, seconds) in parts.items():
+        print(f"== {name}", flush=True)
+        try:
+            command = [sys.executable, *arguments]
+            status = subprocess.run(command, cwd=ROOT, timeout=seconds, check=False).returncode
+        except subprocess.TimeoutExpired:
+            ended[name] = f"was stopped after {seconds} s"
+        else:
+            ended[name] = "passed" if status == 0 else f"failed ({status})"
+    print("== on the GPU", flush=True)
+    for name, how in ended.items():
+        print(f"   {name}: {how}", flush=True)
+    return 0 if set(ended.values()) == {"passed"} else 1
 
 
 def sanitized_python() -> Path | None:

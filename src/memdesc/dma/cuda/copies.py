@@ -37,9 +37,9 @@ Span = tuple[int, int, int]
 """(to, source, bytes): of one call."""
 
 _NAP, _LONGEST_NAP = 1 / 64, 250e-6
-"""A wait sleeps for that share of its time so far before it looks again, and so many seconds at most.
+"""A wait sleeps for that share of its time so far before it looks again; so many seconds at most.
 
-It is what a copy that is over waits for nothing: that much of the speed of who waits for each.
+For so long a copy that is over may wait to be seen.
 """
 
 _SPARE = 64

@@ -51,7 +51,7 @@ BATCH = 64
 WORKERS = 2
 MIB = 1 << 20
 SHARED = ("/dev/shm/", "/memfd:")
-GPU = "cuda"
+GPU = "cuda" if torch.cuda.is_available() else ""
 
 
 class Samples(Dataset):
@@ -222,7 +222,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--short", action="store_true", help="few small ones, to see that it runs")
     arguments, _ = parser.parse_known_args()
-    gpu = torch.cuda.is_available()
+    gpu = bool(GPU)
     samples = Samples(*((8 * BATCH, 32) if arguments.short else (60 * BATCH, SHAPE[1])))
     rounds, looks = (1, 1) if arguments.short else (arguments.rounds, 10)
     results = measure(samples, rounds, gpu, looks)

@@ -42,6 +42,9 @@ DEPTH = 16
 LEAST_ROUNDS = 3
 """Of each size, however long they take."""
 
+Handles = tuple[int, int]
+"""A stream and an event, for bare calls."""
+
 OTHER = """
 import sys, numpy as np, memdesc as md
 with md.connect(sys.argv[1]) as service:
@@ -126,13 +129,13 @@ def pinned_memory(device: CudaDevice, nbytes: int) -> Iterator[tuple[int, str]]:
 
 
 @contextmanager
-def device_memory(device: CudaDevice, nbytes: int) -> Iterator[tuple[int, int, int]]:
+def device_memory(device: CudaDevice, nbytes: int) -> Iterator[tuple[int, Handles]]:
     """Memory of the device, and for bare calls a stream and an event."""
     with device.current() as driver:
         pointer, stream = driver.allocate(nbytes), driver.create_stream()
         event = driver.create_event()
     try:
-        yield pointer, stream, event
+        yield pointer, (stream, event)
     finally:
         with device.current() as driver:
             driver.destroy_event(event)
@@ -144,14 +147,21 @@ Way = Callable[[Kind, int, int], object]
 """Copies (which way, bytes, how often), and waits."""
 
 
-def bare(device: CudaDevice, pointer: int, address: int, stream: int, event: int) -> Way:
+def places(nbytes: int, count: int, largest: int) -> Iterator[int]:
+    """Where in the memory to copy: further each time, as frames come, so that no cache helps."""
+    for number in range(count):
+        yield number % (largest // nbytes) * nbytes
+
+
+def bare(device: CudaDevice, pointer: int, address: int, handles: Handles, largest: int) -> Way:
     """By the driver's calls alone."""
+    stream, event = handles
 
     def run(kind: Kind, nbytes: int, count: int) -> None:
         to, source = (pointer, address) if kind is Kind.TO_DEVICE else (address, pointer)
         with device.current() as driver:
-            for _ in range(count):
-                driver.copy(to, source, nbytes, kind, stream)
+            for at in places(nbytes, count, largest):
+                driver.copy(to + at, source + at, nbytes, kind, stream)
             driver.record_event(event, stream)
             while not driver.event_done(event):
                 pass
@@ -165,10 +175,10 @@ def ours(there: md.dma.PinnedMemory, back: md.dma.PinnedMemory, pointer: int) ->
     def run(kind: Kind, nbytes: int, count: int) -> None:
         copy = there.copy_to_device if kind is Kind.TO_DEVICE else back.copy_from_device
         under_way: deque[md.dma.Copy] = deque()
-        for _ in range(count):
+        for at in places(nbytes, count, there.nbytes):
             if len(under_way) == DEPTH:
                 under_way.popleft().wait()
-            under_way.append(copy(pointer, 0, nbytes))
+            under_way.append(copy(pointer + at, at, nbytes))
         while under_way:
             under_way.popleft().wait()
 
@@ -187,7 +197,7 @@ class Bench:
     """
 
     def __init__(self, device: CudaDevice, largest: int, stack: ExitStack) -> None:
-        pointer, stream, event = stack.enter_context(device_memory(device, largest))
+        pointer, handles = stack.enter_context(device_memory(device, largest))
         self.two = stack.enter_context(shared(largest))
         pageable = np.full(largest, 1, "u1")  # else all of it would be one page of zeros
         start = time.perf_counter()
@@ -203,8 +213,8 @@ class Bench:
         }
         self.ways = {
             "memdesc": ours(there, back, pointer),
-            "pinned": bare(device, pointer, address, stream, event),
-            "pageable": bare(device, pointer, pageable.ctypes.data, stream, event),
+            "pinned": bare(device, pointer, address, handles, largest),
+            "pageable": bare(device, pointer, pageable.ctypes.data, handles, largest),
         }
         self._held = pageable
 

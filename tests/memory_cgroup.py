@@ -77,7 +77,7 @@ def memory_cgroup(nbytes: int, *, swap: bool = False) -> Iterator[Cgroup]:
 
 
 def _candidates() -> list[Path]:
-    found = [group.folder for group in memory_cgroups()]
+    found = [Path(group.folder) for group in memory_cgroups()]
     # The root has no limit, so it is in no list; below it one may be allowed to make one.
     return [*found, *dict.fromkeys(folder.parent for folder in found if folder.parent not in found)]
 

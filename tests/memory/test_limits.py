@@ -63,20 +63,22 @@ def test_a_cgroup_of_each_version_is_read(
 ) -> None:
     write_group(tmp_path, str(64 * MIB), 20 * MIB, stat, version)
     kind = {1: "cgroup", 2: "cgroup2"}[version]
-    group = cgroups._read_group(tmp_path, *cgroups._FILES[kind])
-    assert group == MemoryCgroup(tmp_path, 64 * MIB, 20 * MIB, 12288)
+    group = cgroups._read_group(str(tmp_path), *cgroups._FILES[kind])
+    assert group == MemoryCgroup(str(tmp_path), 64 * MIB, 20 * MIB, 12288)
 
 
 @pytest.mark.parametrize(("version", "text"), [(1, str(2**63 - 4096)), (2, "max")])
 def test_no_limit_is_none(tmp_path: Path, version: int, text: str) -> None:
     write_group(tmp_path, text, 1, {}, version)
-    group = cgroups._read_group(tmp_path, *cgroups._FILES["cgroup" if version == 1 else "cgroup2"])
+    group = cgroups._read_group(
+        str(tmp_path), *cgroups._FILES["cgroup" if version == 1 else "cgroup2"]
+    )
     assert group is not None
     assert group.limit is None
 
 
 def test_a_folder_without_the_files_is_no_cgroup(tmp_path: Path) -> None:
-    assert cgroups._read_group(tmp_path, *cgroups._FILES["cgroup2"]) is None
+    assert cgroups._read_group(str(tmp_path), *cgroups._FILES["cgroup2"]) is None
 
 
 def test_memberships_of_both_versions() -> None:
@@ -92,16 +94,16 @@ def test_mounts_of_both_versions_wherever_they_are() -> None:
         "28 19 8:1 / / rw - ext4 /dev/sda1 rw\n"
     )
     assert cgroups._mounts(text) == [
-        ("cgroup", Path("/sys/fs/cgroup/memory"), "/"),
-        ("cgroup2", Path("/cg"), "/docker/ab"),
+        ("cgroup", "/sys/fs/cgroup/memory", "/"),
+        ("cgroup2", "/cg", "/docker/ab"),
     ]
 
 
 def test_the_tightest_cgroup_is_what_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     groups = [
-        MemoryCgroup(Path("/inner"), 100 * MIB, 30 * MIB, 10 * MIB),  # leaves 80
-        MemoryCgroup(Path("/middle"), None, 500 * MIB, 0),
-        MemoryCgroup(Path("/outer"), 200 * MIB, 190 * MIB, 15 * MIB),  # leaves 25
+        MemoryCgroup("/inner", 100 * MIB, 30 * MIB, 10 * MIB),  # leaves 80
+        MemoryCgroup("/middle", None, 500 * MIB, 0),
+        MemoryCgroup("/outer", 200 * MIB, 190 * MIB, 15 * MIB),  # leaves 25
     ]
     monkeypatch.setattr(limits, "memory_cgroups", lambda: groups)
     room = available()
@@ -118,7 +120,7 @@ def test_the_tightest_cgroup_is_what_counts(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_cgroup_over_its_limit_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "memory_cgroups", lambda: [MemoryCgroup(Path("/g"), 10, 20, 0)])
+    monkeypatch.setattr(limits, "memory_cgroups", lambda: [MemoryCgroup("/g", 10, 20, 0)])
     assert available().nbytes == 0
 
 

@@ -307,7 +307,7 @@ def test_a_real_memory_cgroup_with_a_limit() -> None:
     groups = memory_cgroups()
     if not groups:
         pytest.skip("no memory cgroup of this process is to be seen")
-    folder = groups[0].folder / f"memdesc-test-{os.getpid()}"
+    folder = Path(groups[0].folder, f"memdesc-test-{os.getpid()}")
     try:
         folder.mkdir()
     except OSError as error:
@@ -322,7 +322,7 @@ def test_a_real_memory_cgroup_with_a_limit() -> None:
     finally:
         folder.rmdir()
     assert (found.available, found.limit) == (True, 256 << 20)
-    assert (inside[0].folder, inside[0].limit) == (folder, 256 << 20)
+    assert (inside[0].folder, inside[0].limit) == (str(folder), 256 << 20)
     assert 0 < inside[0].used <= 256 << 20
 
 
@@ -355,12 +355,12 @@ def test_cgroups_are_found_where_they_are_mounted(
         "/proc/self/cgroup": "4:cpu,memory:/docker/c\n0::/a/b\n",
         "/proc/self/mountinfo": mountinfo,
     }
-    read_text = Path.read_text
-    monkeypatch.setattr(Path, "read_text", lambda self: texts.get(str(self)) or read_text(self))
+    read_text = cgroups.read_text
+    monkeypatch.setattr(cgroups, "read_text", lambda path: texts.get(path) or read_text(path))
     assert memory_cgroups() == [
-        MemoryCgroup(tmp_path / "v2/a/b", None, 0, 0),
-        MemoryCgroup(tmp_path / "v2/a", 1000, 100, 15),
-        MemoryCgroup(tmp_path / "v1/c", None, 0, 0),
+        MemoryCgroup(f"{tmp_path}/v2/a/b", None, 0, 0),
+        MemoryCgroup(f"{tmp_path}/v2/a", 1000, 100, 15),
+        MemoryCgroup(f"{tmp_path}/v1/c", None, 0, 0),
     ]
     assert probe_feature("memory_cgroup").limit == 1000
     (tmp_path / "v2/a/memory.max").write_text("max\n")

@@ -184,7 +184,7 @@ def _unavailable(total: int) -> dict[str, str]:
 
 def _left(fds: set[str], names: set[str]) -> list[str]:
     """List what this process, or those that it started, have left."""
-    runtime = folder.runtime_folder()
+    runtime = Path(folder.runtime_folder())
     return [
         *(f"file descriptor {one}" for one in sorted(kernel.own_fds() - fds)),
         *(f"{kernel.SHM}/{name}" for name in kernel.abandoned_names(names)),

@@ -199,7 +199,7 @@ def sockets() -> list[tuple[str, Path]]:
     In the folder of this user's services; and, where MEMDESC_RUNTIME_DIR does not say which that
     is, in those of all users that this one may read.
     """
-    own = folder.runtime_folder()
+    own = Path(folder.runtime_folder())
     found = [(path.name, path) for path in _sockets_in(own, None)]
     if "MEMDESC_RUNTIME_DIR" not in os.environ:
         for other, uid in _other_folders():

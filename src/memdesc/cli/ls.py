@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from memdesc.cli.looking import Seen, Watch, sockets
@@ -27,7 +28,7 @@ _FIGURES = (
 
 def gather(name: str | None = None) -> dict[str, Any]:
     """Ask all services, or that one; look who has their memory, and what is nobody's."""
-    wanted = sockets() if name is None else [(name, folder.socket_path(name))]
+    wanted = sockets() if name is None else [(name, Path(folder.socket_path(name)))]
     with Watch() as watch:
         found = watch.look(wanted, items=True)
     told = [_service(seen) for seen in found]

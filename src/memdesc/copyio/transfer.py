@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memdesc.errors import (
@@ -18,6 +17,7 @@ from memdesc.errors import (
     describe_errno,
 )
 from memdesc.vm.pages import check_integer
+from memdesc.vm.proc import read_text
 from memdesc.vm.task import Task
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ STEP = 64 << 20
 _END = 1 << 63
 """No 64-bit Linux gives a task addresses from here on: they are the kernel's."""
 
-_YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
+_YAMA = "/proc/sys/kernel/yama/ptrace_scope"
 
 Move = Callable[[int, memoryview], int]
 """Copies some bytes at an address of a task, and gives how many."""
@@ -109,7 +109,7 @@ def fault(task: Task, doing: str, expected: int, completed: int, address: int) -
 
 def _yama() -> str:
     try:
-        scope = _YAMA.read_text().strip()
+        scope = read_text(_YAMA).strip()
     except OSError:  # no yama in this kernel
         return ""
     return "" if scope == "0" else f" and kernel.yama.ptrace_scope 0 (it is {scope})"

@@ -23,11 +23,13 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from memdesc.crossing.sizes import Thresholds
 from memdesc.errors import InvalidArgument, MemdescError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 log = logging.getLogger("memdesc.crossing")
 
@@ -106,13 +108,20 @@ def set_thresholds(given: Thresholds | Calibration | None) -> None:
 
 def calibration_file() -> Path | None:
     """Give the path of the file that holds, whether it is there or not; None where none can be."""
+    from pathlib import Path
+
+    path = _file()
+    return None if path is None else Path(path)
+
+
+def _file() -> str | None:
     told = os.environ.get(VARIABLE, "")
     if "/" in told:
-        return Path(told)
+        return told
     folder = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(folder):  # such a value is to be ignored: XDG Base Directory
         folder = os.path.expanduser("~/.cache")
-    return Path(folder, "memdesc", "calibration.json") if os.path.isabs(folder) else None
+    return f"{folder}/memdesc/calibration.json" if os.path.isabs(folder) else None
 
 
 def save_calibration(found: Calibration) -> Path:
@@ -173,14 +182,14 @@ def _found() -> Calibration:
             return Calibration(_parse_values(told), Origin.BY_HAND, f"${VARIABLE}")
         except (ValueError, TypeError) as error:  # InvalidArgument is a ValueError
             _ignored(f"${VARIABLE}", error)
-    path = calibration_file()
+    path = _file()
     if path is not None:
         try:
             return _read(path)
         except FileNotFoundError:
             pass  # nothing was measured yet
         except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            _ignored(os.fspath(path), error)
+            _ignored(path, error)
     return Calibration(Thresholds(), Origin.DEFAULT, "memdesc.crossing.Thresholds")
 
 
@@ -208,7 +217,7 @@ def _made(values: object) -> Thresholds:
     return Thresholds(**values)
 
 
-def _read(path: Path) -> Calibration:
+def _read(path: str) -> Calibration:
     import json
 
     # Not blocking: a FIFO is not waited for.
@@ -225,11 +234,11 @@ def _read(path: Path) -> Calibration:
     found = _made(record["thresholds"])
     measured, key = record.get("measured", ""), record.get("key")
     if not measured:
-        return Calibration(found, Origin.BY_HAND, str(path))
+        return Calibration(found, Origin.BY_HAND, path)
     if key != machine_key():
         raise InvalidArgument(f"it was measured on {key}, this is {machine_key()}: measure again")
     figures = {
         str(way): {int(size): float(seconds) for size, seconds in by_size.items()}
         for way, by_size in record.get("figures", {}).items()
     }
-    return Calibration(found, Origin.MEASURED, str(path), str(measured), figures)
+    return Calibration(found, Origin.MEASURED, path, str(measured), figures)

@@ -5,12 +5,9 @@
 * `CudaDevice`     registers descriptors with a GPU, and copies from and to it
 """
 
+from typing import TYPE_CHECKING
+
 from memdesc.dma.command import DMACommand as DMACommand
-from memdesc.dma.cuda import (
-    Copy as Copy,
-    CudaDevice as CudaDevice,
-    PinnedMemory as PinnedMemory,
-)
 from memdesc.dma.direct_file import (
     DirectFile as DirectFile,
     DirectFileStatistics as DirectFileStatistics,
@@ -18,3 +15,19 @@ from memdesc.dma.direct_file import (
 from memdesc.dma.segments import DMASpecification as DMASpecification
 from memdesc.dma.transfers import Transferred as Transferred, Way as Way
 from memdesc.vm.physical import PhysicalSegment as PhysicalSegment
+
+if TYPE_CHECKING:
+    from memdesc.dma.cuda import (
+        Copy as Copy,
+        CudaDevice as CudaDevice,
+        PinnedMemory as PinnedMemory,
+    )
+
+
+def __getattr__(name: str) -> object:
+    """Load what is for GPUs when it is asked for: who reads files does not."""
+    if name not in ("Copy", "CudaDevice", "PinnedMemory"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from memdesc.dma import cuda
+
+    return getattr(cuda, name)

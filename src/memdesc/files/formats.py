@@ -7,12 +7,20 @@ against the file's size.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from zipfile import ZipInfo
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from memdesc.errors import InvalidArgument
 from memdesc.files.sources import OpenFile
 from memdesc.services.arrays import check_form
 from memdesc.services.protocol.basics import check_name
+
+if TYPE_CHECKING:
+    from zipfile import ZipInfo
+
+
+_READERS = {".npy": "npy", ".npz": "npz", ".safetensors": "safetensors"}
+"""By suffix: the module whose `find_arrays` knows the format."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +100,7 @@ def stored(
         raise file.wrong(f"array {name[:80]!r}: {error}", offset) from error
     return StoredArray(
         name,
-        kind.str,
+        kind.dtype,
         kind.alignment,
         shape,
         column_major and len(shape) > 1,
@@ -112,21 +120,16 @@ def find_arrays(file: OpenFile) -> list[StoredArray]:
         The file is not what its suffix says (EBADMSG), or its dtype was given though it tells it
         itself (EINVAL).
     """
-    from memdesc.files import npy, npz, safetensors
-
-    readers = {
-        ".npy": npy.find_arrays,
-        ".npz": npz.find_arrays,
-        ".safetensors": safetensors.find_arrays,
-    }
-    reader = readers.get(file.path.suffix.lower())
-    if reader is None:
+    name = _READERS.get(file.path.suffix.lower())
+    if name is None:
         return [_raw(file)]
     if file.source.dtype is not None:
         raise InvalidArgument(
             f"{file.path} tells its dtype and shape itself: give them for raw files only"
         )
-    return reader(file)
+    reader = import_module(f"memdesc.files.{name}")  # zip archives take others' modules along
+    arrays: list[StoredArray] = reader.find_arrays(file)
+    return arrays
 
 
 def _raw(file: OpenFile) -> StoredArray:

@@ -14,7 +14,6 @@ from memdesc.descriptors.buffer import BufferMemoryDescriptor
 from memdesc.dma import DirectFile, Transferred, Way
 from memdesc.errors import InvalidArgument, RangeError, TransferError
 from memdesc.files.formats import StoredArray, find_arrays
-from memdesc.files.npz import open_archive
 from memdesc.files.placing import Place, Run, pages_of, place
 from memdesc.files.sources import Files, FileSource, Identity, OpenFile, as_sources, identify
 from memdesc.memory.page_kinds import PageKind
@@ -288,6 +287,8 @@ class _Reading:
 
     def _unpack(self, file: OpenFile, members: Sequence[tuple[StoredArray, int]]) -> None:
         """Put what is packed where it goes, and hold everything against its checksum."""
+        from memdesc.files.npz import open_archive
+
         with open_archive(file) as archive, memoryview(self._buffer) as memory:
             for array, offset in members:
                 assert array.member is not None

@@ -7,6 +7,7 @@ whoever is connected to that task.
 * `place`: mmap extents into this task, one after the other, as one range
 * `maps`: `MemoryMap`: the buffer here, the handle there
 * `carriers`: the ways into other tasks, registered by the services room
+* `elements`: what an array's elements are, and whether it fits
 * `views`: ranges checked, bytes seen as arrays
 """
 
@@ -16,6 +17,12 @@ from memdesc.mapping.carriers import (
     carrier_to as carrier_to,
     forget_carriers as forget_carriers,
     remove_carrier as remove_carrier,
+)
+from memdesc.mapping.elements import (
+    Elements as Elements,
+    check_order as check_order,
+    elements_of as elements_of,
+    fit as fit,
 )
 from memdesc.mapping.maps import (
     LocalMemoryMap as LocalMemoryMap,

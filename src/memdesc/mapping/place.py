@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from memdesc import _core
 from memdesc.errors import InvalidArgument, MappingError, MappingReason, describe_errno
@@ -18,8 +17,9 @@ from memdesc.memory.memfd import MemoryObject
 from memdesc.memory.page_kinds import transparent_page_size
 from memdesc.memory.placing import map_aligned
 from memdesc.vm.pages import MAX_LENGTH, Access, check_integer, page_size, round_page, trunc_page
+from memdesc.vm.proc import read_text
 
-_LOWEST = Path("/proc/sys/vm/mmap_min_addr")
+_LOWEST = "/proc/sys/vm/mmap_min_addr"
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +256,7 @@ def _why(error: OSError, placement: Placement) -> tuple[MappingReason, str]:
     if number in (errno.EPERM, errno.EACCES):
         return MappingReason.ACCESS, "the seals or the rights of the object forbid it"
     if number == errno.ENOMEM:
-        limit = int(Path("/proc/sys/vm/max_map_count").read_text())
+        limit = int(read_text("/proc/sys/vm/max_map_count"))
         with open("/proc/self/maps", "rb") as maps:
             count = sum(1 for _ in maps)
         if count >= limit - 2:
@@ -273,7 +273,7 @@ def _why(error: OSError, placement: Placement) -> tuple[MappingReason, str]:
 
 def _is_forbidden(address: int | None) -> bool:
     """Whether an address is among the lowest, which are for CAP_SYS_RAWIO alone."""
-    return address is not None and address < int(_LOWEST.read_text())
+    return address is not None and address < int(read_text(_LOWEST))
 
 
 def has_hole(extent: Extent) -> bool:

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from memdesc.errors import InvalidArgument, RangeError
+from memdesc.mapping.elements import check_order, fit
 from memdesc.vm.pages import check_integer
 
 if TYPE_CHECKING:
@@ -72,25 +73,9 @@ def view_as_array(
         raise InvalidArgument(f"dtype {kind} holds Python objects, which live in one process only")
     if not kind.itemsize or kind.subdtype:
         raise InvalidArgument(f"dtype {kind} is of no size, or an array itself: give the shape")
-    if order not in ("C", "F"):
-        raise InvalidArgument(f"order is {order!r}: give 'C' or 'F'")
+    check_order(order)
     offset, room = check_range(offset, None, nbytes, "the memory")
-    if shape is None:
-        shape = (room // kind.itemsize,)
-    elif not isinstance(shape, (tuple, list)):
-        shape = (check_integer(shape, "shape"),)
-    shape = tuple(check_integer(extent, "shape") for extent in shape)
-    count = 1
-    for extent in shape:
-        if extent < 0:
-            raise InvalidArgument(f"shape {shape} has a negative extent")
-        count *= extent
-    if count * kind.itemsize > room:
-        raise RangeError(
-            f"an array of shape {shape} and dtype {kind} takes {count * kind.itemsize:,} bytes, "
-            f"{room:,} are there",
-            errno=errno.EINVAL,
-        )
+    shape, count = fit(shape, kind, kind.itemsize, room)
     if count == 0:
         return np.empty(shape, kind)
     flat = np.frombuffer(buffer, kind, count=count, offset=offset)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 from enum import Enum
-from pathlib import Path
 
 from memdesc.errors import InvalidArgument
 from memdesc.vm.pages import page_size
+from memdesc.vm.proc import read_text
 
-_MEMINFO = Path("/proc/meminfo")
-_TRANSPARENT = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
+_MEMINFO = "/proc/meminfo"
+_TRANSPARENT = "/sys/kernel/mm/transparent_hugepage/hpage_pmd_size"
 
 
 class PageKind(Enum):
@@ -58,8 +58,7 @@ def has_free_huge_pages() -> bool:
     """Whether the pool has any page free: cheaper to ask than how much of it is promised."""
     pool = f"/sys/kernel/mm/hugepages/hugepages-{huge_page_size() >> 10}kB/free_hugepages"
     try:
-        with open(pool) as file:
-            return int(file.read()) > 0
+        return int(read_text(pool)) > 0
     except FileNotFoundError:
         return False
 
@@ -68,7 +67,7 @@ def has_free_huge_pages() -> bool:
 def transparent_page_size() -> int:
     """Bytes in a transparent huge page (0 where the kernel has none); fixed at boot."""
     try:
-        return int(_TRANSPARENT.read_text())
+        return int(read_text(_TRANSPARENT))
     except FileNotFoundError:
         return 0
 
@@ -76,7 +75,7 @@ def transparent_page_size() -> int:
 def meminfo() -> dict[str, int]:
     """/proc/meminfo with every size in bytes, the HugePages_* lines in pages."""
     values = {}
-    for line in _MEMINFO.read_text().splitlines():
+    for line in read_text(_MEMINFO).splitlines():
         name, _, rest = line.partition(":")
         number, _, unit = rest.strip().partition(" ")
         values[name] = int(number) * (1024 if unit == "kB" else 1)

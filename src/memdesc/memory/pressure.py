@@ -6,19 +6,20 @@ import _thread
 import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
+
+from memdesc.vm.proc import read_text
 
 _EVERY = 0.25
 """Seconds between two looks."""
 _STALLING = 10.0
 """Per cent of the last ten seconds in which some task waited for memory."""
-_PRESSURE = Path("/proc/pressure/memory")
+_PRESSURE = "/proc/pressure/memory"
 
 
 def is_stalling() -> bool:
     """Whether tasks of this machine wait for memory (PSI); False where the kernel does not tell."""
     try:
-        some = _PRESSURE.read_text().split("\n", 1)[0]
+        some = read_text(_PRESSURE).split("\n", 1)[0]
     except OSError:  # a kernel without PSI
         return False
     _, _, rest = some.partition("avg10=")
@@ -96,7 +97,7 @@ def _watch(
 def _name_thread() -> None:
     """Show as ``memdesc-recycle`` in top and in /proc/PID/task/TID/comm (15 bytes at most)."""
     try:
-        comm = Path(f"/proc/self/task/{threading.get_native_id()}/comm")
-        comm.write_text("memdesc-recycle")
+        with open(f"/proc/self/task/{threading.get_native_id()}/comm", "w") as comm:
+            comm.write("memdesc-recycle")
     except OSError:  # no /proc, or no descriptor left: it watches without a name
         return

@@ -13,7 +13,6 @@ import contextlib
 import errno
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from memdesc import _core
 from memdesc.errors import PageKindError, describe_errno
@@ -22,8 +21,10 @@ from memdesc.memory.made_of import look, whole_huge_pages
 from memdesc.memory.page_kinds import PageKind, transparent_page_size
 from memdesc.memory.populate import Reserving, populate
 from memdesc.vm.pages import page_size
+from memdesc.vm.proc import read_text
 
-_SHMEM_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+_TRANSPARENT = "/sys/kernel/mm/transparent_hugepage"
+_SHMEM_ENABLED = f"{_TRANSPARENT}/shmem_enabled"
 _ROUND = 64 << 20
 """Bytes made between two looks at the limits."""
 _LOSS = 0.04
@@ -92,10 +93,10 @@ def leave_to_faults(address: int, length: int, doing: str, pages: PageKind) -> N
 
 def _faults_may_be_huge() -> bool:
     """Whether a fault in shared memory makes a huge page where that is advised."""
-    own = f"{_SHMEM_ENABLED.parent}/hugepages-{transparent_page_size() >> 10}kB/shmem_enabled"
-    for setting in (own, str(_SHMEM_ENABLED)):
-        with contextlib.suppress(FileNotFoundError), open(setting) as file:
-            chosen = file.read().partition("[")[2].partition("]")[0]
+    own = f"{_TRANSPARENT}/hugepages-{transparent_page_size() >> 10}kB/shmem_enabled"
+    for setting in (own, _SHMEM_ENABLED):
+        with contextlib.suppress(FileNotFoundError):
+            chosen = read_text(setting).partition("[")[2].partition("]")[0]
             if chosen != "inherit":
                 return chosen in ("always", "within_size", "advise", "force")
     return False

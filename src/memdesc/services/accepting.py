@@ -38,6 +38,8 @@ from memdesc.vm.forks import Condition
 from memdesc.vm.task import Task
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from memdesc.services.service import Service
     from memdesc.services.user_client import UserClient
 
@@ -79,7 +81,6 @@ class Accepting:
         self._loop = loop()
         self._stopped = False  # somebody else may be about to take the clients in
         self._listener = self._open_listener(for_all=allow is not None)
-        self.path = self._listener.path
         self._finalizer = weakref.finalize(self, _abandon, self._loop, self._listener)
         tell_if_forked(self)
         if tracing.books is not None:
@@ -87,6 +88,13 @@ class Accepting:
 
     def _open_listener(self, *, for_all: bool) -> folder.Listener:
         return folder.Listener(self.name, for_all=for_all)
+
+    @property
+    def path(self) -> Path:
+        """The socket's."""
+        from pathlib import Path  # whose imports take a megabyte, and few ask
+
+        return Path(self._listener.path)
 
     def _begin(self) -> None:
         """Take clients from now on; the last thing that a service's making does."""

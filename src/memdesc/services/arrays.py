@@ -29,7 +29,7 @@ import msgspec
 
 from memdesc.descriptors.base import MemoryDescriptor
 from memdesc.errors import InvalidArgument, ProtocolError, ShareNotFoundError
-from memdesc.mapping import LocalMemoryMap, view_as_array
+from memdesc.mapping import Elements, LocalMemoryMap, elements_of, view_as_array
 from memdesc.portable import UNREADABLE, Natural
 from memdesc.services.protocol.basics import Name, Shape
 from memdesc.services.sharing import SharedWith
@@ -86,30 +86,15 @@ class Catalogue(msgspec.Struct, frozen=True):
     arrays: tuple[ArrayEntry, ...]
 
 
-def check_form(dtype: npt.DTypeLike, shape: tuple[int, ...]) -> tuple[np.dtype[Any], int]:
-    """Check what somebody says that an array is: (its dtype, its bytes).
+def check_form(dtype: npt.DTypeLike, shape: tuple[int, ...]) -> tuple[Elements, int]:
+    """Check what somebody says that an array is: (its elements, its bytes).
 
     Raises
     ------
     InvalidArgument
         The dtype has fields, Python objects or no size, or no array can be of that shape.
     """
-    import numpy as np
-
-    try:
-        kind = np.dtype(dtype)
-    except (TypeError, ValueError, SyntaxError, OverflowError) as error:
-        raise InvalidArgument(f"{dtype!r} is no dtype: {error}", errno=errno.EINVAL) from error
-    if kind.hasobject:
-        raise InvalidArgument(
-            f"dtype {kind} holds Python objects, which live in one process only",
-            errno=errno.EINVAL,
-        )
-    if kind.names or kind.subdtype or not kind.itemsize:
-        raise InvalidArgument(
-            f"dtype {kind} has fields, or no size: only plain elements are shared",
-            errno=errno.EINVAL,
-        )
+    kind = elements_of(dtype)
     extents = 1 << 63
     if len(shape) <= MOST_DIMENSIONS and min(shape, default=0) >= 0:  # a million take hours
         # A dimension of 0 makes the array empty; NumPy multiplies the others all the same.

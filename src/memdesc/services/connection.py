@@ -183,7 +183,7 @@ def _reach(
     while True:
         sock = folder.new_socket()
         try:
-            sock.connect(os.fspath(path))
+            sock.connect(path)
             return sock
         except (FileNotFoundError, ConnectionRefusedError, BlockingIOError) as error:
             sock.close()

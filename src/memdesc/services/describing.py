@@ -14,7 +14,6 @@ import select
 import socket as sockets
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from memdesc.descriptors.base import MemoryDescriptor
@@ -43,6 +42,8 @@ from memdesc.services.statistics import statistics_of
 from memdesc.vm.task import Task
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from memdesc.services.service import Service
     from memdesc.services.sharing import _Shared
 

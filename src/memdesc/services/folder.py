@@ -17,10 +17,8 @@ import fcntl
 import os
 import socket as sockets
 import stat
-import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 from memdesc.errors import (
     AccessDeniedError,
@@ -41,21 +39,23 @@ _PATH_MAX = 107
 """Bytes of a Unix socket's path (sun_path, less its NUL)."""
 
 
-def runtime_folder() -> Path:
+def runtime_folder() -> str:
     """Give the folder for names without a slash; not made yet."""
     own = os.environ.get("MEMDESC_RUNTIME_DIR")
     if own:
-        return Path(own)
+        return own.rstrip("/") or "/"
     session = os.environ.get("XDG_RUNTIME_DIR")
     if session:
-        return Path(session) / "memdesc"
-    return Path(tempfile.gettempdir()) / f"memdesc-{os.geteuid()}"
+        return os.path.join(session, "memdesc")
+    import tempfile
+
+    return os.path.join(tempfile.gettempdir(), f"memdesc-{os.geteuid()}")
 
 
-def socket_path(name: str) -> Path:
+def socket_path(name: str) -> str:
     """Give the path of a service's socket."""
     _check_name(name)
-    path = Path(name) if "/" in name else runtime_folder() / name
+    path = name.rstrip("/") if "/" in name else os.path.join(runtime_folder(), name)
     if len(os.fsencode(path)) > _PATH_MAX:
         raise InvalidArgument(
             f"the socket's path {path} has {len(os.fsencode(path))} bytes, Unix sockets take "
@@ -85,8 +85,9 @@ def open_folder(name: str) -> None:
         return
     folder = runtime_folder()
     with _explained(folder), contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700, parents=True)
-    status = folder.lstat()
+        os.makedirs(os.path.dirname(folder) or ".", exist_ok=True)
+        os.mkdir(folder, 0o700)
+    status = os.lstat(folder)
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
         raise AccessDeniedError(
             f"{folder} is not a folder of this user's alone (owner {status.st_uid}, mode "
@@ -95,16 +96,17 @@ def open_folder(name: str) -> None:
             errno=errno.EACCES,
         )
     with _explained(folder):
-        entries = [entry for entry in folder.iterdir() if entry.is_socket()]
+        entries = [f"{folder}/{name}" for name in os.listdir(folder)]
+        entries = [path for path in entries if _is_socket(path)]
     if entries:
         with locked(folder):
             for entry in entries:
                 if _is_dead(entry):
-                    entry.unlink(missing_ok=True)
+                    _unlink(entry)
 
 
 @contextlib.contextmanager
-def locked(folder: Path, timeout: float = 5.0) -> Iterator[None]:
+def locked(folder: str, timeout: float = 5.0) -> Iterator[None]:
     """Hold the folder's lock. It goes with this process, however it ends."""
     try:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -161,8 +163,8 @@ class Listener:
                 if inherited is None:
                     self._bind(for_all)
                 else:
-                    self.path.chmod(0o666 if for_all else 0o600)
-            self._inode = self.path.lstat().st_ino
+                    os.chmod(self.path, 0o666 if for_all else 0o600)
+            self._inode = os.lstat(self.path).st_ino
         except BaseException:
             self.close()
             raise
@@ -170,11 +172,11 @@ class Listener:
     def _bind(self, for_all: bool) -> None:
         # The file that bind makes takes its mode from the socket: never open, not for an instant.
         os.fchmod(self.sock.fileno(), 0o600)
-        with locked(self.path.parent):
-            if self.path.is_socket() and _is_dead(self.path):
-                self.path.unlink(missing_ok=True)
+        with locked(os.path.dirname(self.path) or "."):
+            if _is_socket(self.path) and _is_dead(self.path):
+                _unlink(self.path)
             try:
-                self.sock.bind(os.fspath(self.path))
+                self.sock.bind(self.path)
             except OSError as error:
                 if error.errno == errno.EADDRINUSE:
                     raise NameInUseError(
@@ -184,7 +186,7 @@ class Listener:
                     ) from error
                 raise
             if for_all:
-                self.path.chmod(0o666)  # here, since the umask would take from what bind makes
+                os.chmod(self.path, 0o666)  # here, since the umask would take from what bind makes
             self.sock.listen(BACKLOG)
 
     def turn_away(self) -> None:
@@ -219,8 +221,8 @@ class Listener:
         While we listen nobody sweeps it, so this needs no lock, and waits for nobody.
         """
         with contextlib.suppress(FileNotFoundError):
-            if self._ours and self.path.lstat().st_ino == self._inode:
-                self.path.unlink()
+            if self._ours and os.lstat(self.path).st_ino == self._inode:
+                os.unlink(self.path)
 
     def end(self, io: Loop) -> None:
         """Listen no longer. On the I/O thread."""
@@ -250,18 +252,30 @@ def is_served(name: str) -> bool:
     """Whether a living service has a name, as far as can be told without the lock."""
     open_folder(name)
     path = socket_path(name)
-    return path.is_socket() and not _is_dead(path)
+    return _is_socket(path) and not _is_dead(path)
+
+
+def _is_socket(path: str) -> bool:
+    try:
+        return stat.S_ISSOCK(os.stat(path).st_mode)
+    except OSError:
+        return False
+
+
+def _unlink(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def _explained(path: str) -> Iterator[None]:
     """Say in the family's terms why a socket or its folder can not be had there."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InvalidArgument(
-            f"the folder {path.parent} does not exist: make it first (a service's name with a / "
-            "is a path)",
+            f"the folder {os.path.dirname(path) or '.'} does not exist: make it first (a service's "
+            "name with a / is a path)",
             errno=error.errno,
         ) from error
     except OSError as error:
@@ -274,7 +288,7 @@ def _explained(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _is_dead(path: Path) -> bool:
+def _is_dead(path: str) -> bool:
     """Whether no living process has the socket of a file (ECONNREFUSED), whoever it was.
 
     A datagram socket can not be connected to a service's: the kernel says EPROTOTYPE where there
@@ -282,7 +296,7 @@ def _is_dead(path: Path) -> bool:
     """
     with new_socket(sockets.SOCK_DGRAM) as probe:
         try:
-            probe.connect(os.fspath(path))
+            probe.connect(path)
         except ConnectionRefusedError:
             return True
         except OSError:

@@ -15,7 +15,6 @@ from memdesc.descriptors.buffer import BufferMemoryDescriptor
 from memdesc.descriptors.received import ReceivedMemoryDescriptor
 from memdesc.errors import (
     ClosedError,
-    InvalidArgument,
     MemdescError,
     ProtocolError,
     SealedError,
@@ -23,7 +22,7 @@ from memdesc.errors import (
     TimedOutError,
 )
 from memdesc.handover import pack, unpack
-from memdesc.mapping import LocalMemoryMap
+from memdesc.mapping import LocalMemoryMap, check_order, elements_of, fit
 from memdesc.services import protocol
 from memdesc.services.accepting import Accepted, Accepting, Allow, Offers, allows, not_offered
 from memdesc.services.limits import Limits
@@ -464,15 +463,7 @@ def _check_layout(
     """Check that an array of that form fits and can travel: (shape, array-protocol string)."""
     if shape is None and dtype is None:
         return None, None
-    import numpy as np
-
-    try:
-        kind = np.dtype("u1" if dtype is None else dtype)
-    except (TypeError, ValueError, SyntaxError) as error:
-        raise InvalidArgument(f"{dtype!r} is no dtype: {error}", errno=errno.EINVAL) from error
-    if kind.hasobject or kind.names:
-        raise InvalidArgument(
-            f"dtype {kind} can not travel: share it as bytes and give the dtype to array()"
-        )
-    view = descriptor.array(shape, kind, order=order)
-    return None if shape is None else view.shape, kind.str
+    elements = elements_of("u1" if dtype is None else dtype)
+    check_order(order)
+    fitting, _ = fit(shape, elements, elements.itemsize, descriptor.length)
+    return None if shape is None else fitting, elements.dtype

@@ -6,8 +6,10 @@ Both hierarchies are read, version 1 and version 2, wherever they are mounted.
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import dataclass
-from pathlib import Path
+
+from memdesc.vm.proc import read_text
 
 _UNLIMITED = 1 << 60  # version 1 tells "no limit" as 2**63 rounded down to a page
 _FILES = {
@@ -22,7 +24,7 @@ class MemoryCgroup:
 
     Attributes
     ----------
-    folder : Path
+    folder : str
     limit : int or None
         Bytes; None where it sets none.
     used : int
@@ -32,7 +34,7 @@ class MemoryCgroup:
         Bytes of cached files, which the kernel drops before it kills; as `used`.
     """
 
-    folder: Path
+    folder: str
     limit: int | None
     used: int
     file_cache: int
@@ -45,13 +47,13 @@ def memory_cgroups() -> list[MemoryCgroup]:
     and is not among them; a container may show only a part, or nothing.
     """
     # Each allocation asks: what is read is told apart, and only what is new is parsed.
-    texts = Path("/proc/self/cgroup").read_text(), Path("/proc/self/mountinfo").read_text()
+    texts = read_text("/proc/self/cgroup"), read_text("/proc/self/mountinfo")
     found = (_read_group(folder, *_FILES[kind]) for kind, folder in _folders(*texts))
     return [group for group in found if group]
 
 
 @functools.lru_cache(maxsize=4)
-def _folders(memberships: str, mountinfo: str) -> list[tuple[str, Path]]:
+def _folders(memberships: str, mountinfo: str) -> list[tuple[str, str]]:
     """Give (kind, folder) of each cgroup above this process, innermost first."""
     kinds = _memberships(memberships)
     found = []
@@ -60,10 +62,12 @@ def _folders(memberships: str, mountinfo: str) -> list[tuple[str, Path]]:
         if path is None:
             continue
         inside = path[len(root) :] if root != "/" and path.startswith(root) else path
-        folder = point / inside.lstrip("/")
-        while folder.is_relative_to(point):
+        folder = os.path.normpath(f"{point}/{inside}")
+        while folder.startswith(f"{point}/"):
             found.append((kind, folder))
-            folder = folder.parent
+            folder = os.path.dirname(folder)
+        if folder == point:  # not where it lies outside of what is mounted: /.. in a namespace
+            found.append((kind, folder))
     return found
 
 
@@ -79,7 +83,7 @@ def _memberships(text: str) -> dict[str, str]:
     return found
 
 
-def _mounts(text: str) -> list[tuple[str, Path, str]]:
+def _mounts(text: str) -> list[tuple[str, str, str]]:
     """Give (kind, mount point, root within the hierarchy) of each, from /proc/self/mountinfo."""
     found = []
     for line in text.splitlines():
@@ -87,17 +91,17 @@ def _mounts(text: str) -> list[tuple[str, Path, str]]:
         root, point = left.split()[3:5]
         kind, _, options = right.split(" ", 2)
         if kind == "cgroup2" or (kind == "cgroup" and "memory" in options.split(",")):
-            found.append((kind, Path(point), root))
+            found.append((kind, point, root))
     return found
 
 
-def _read_group(folder: Path, limit_file: str, used_file: str) -> MemoryCgroup | None:
+def _read_group(folder: str, limit_file: str, used_file: str) -> MemoryCgroup | None:
     try:
-        limit = (folder / limit_file).read_text().strip()
+        limit = read_text(f"{folder}/{limit_file}").strip()
         if limit == "max" or int(limit) >= _UNLIMITED:
             return MemoryCgroup(folder, None, 0, 0)
-        used = int((folder / used_file).read_text())
-        lines = (folder / "memory.stat").read_text().splitlines()
+        used = int(read_text(f"{folder}/{used_file}"))
+        lines = read_text(f"{folder}/memory.stat").splitlines()
     except OSError:  # the root, a hierarchy without memory, or a folder that is hidden from us
         return None
     stat = dict(line.split(" ", 1) for line in lines)

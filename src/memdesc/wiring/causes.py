@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import os
 import resource
-from pathlib import Path
 
 from memdesc import _core
 from memdesc.errors import (
@@ -22,6 +21,7 @@ from memdesc.errors import (
 from memdesc.memory.limits import check_available
 from memdesc.vm import regions
 from memdesc.vm.pages import page_size
+from memdesc.vm.proc import read_text
 from memdesc.vm.task import Task
 from memdesc.wiring.counts import Run
 
@@ -148,7 +148,7 @@ def _look(tried: list[Run]) -> tuple[WiringReason, str]:
                 f"the region {region.start:#x}-{region.end:#x} may not be accessed (PROT_NONE); "
                 "mprotect it first"
             )
-    most = int(Path("/proc/sys/vm/max_map_count").read_text())
+    most = int(read_text("/proc/sys/vm/max_map_count"))
     if count + 2 >= most:
         return WiringReason.TOO_MANY_MAPPINGS, (
             f"the task has {count:,} regions, vm.max_map_count is {most:,}, and wiring a "

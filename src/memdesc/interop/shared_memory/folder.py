@@ -29,7 +29,6 @@ import secrets
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from memdesc.errors import InvalidArgument, UnsupportedError
@@ -150,7 +149,7 @@ def is_ours(own: str) -> bool:
 @contextlib.contextmanager
 def changing(own: str) -> Iterator[None]:
     """Be the only one who makes or removes names. For microseconds."""
-    with _threads.held(), locked(Path(own)):
+    with _threads.held(), locked(own):
         yield
 
 

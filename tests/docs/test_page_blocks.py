@@ -17,6 +17,15 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 # What the blocks of a page need around them. BLOCK n is replaced by the n-th block, indented as it
 # is; a page without an entry is run block after block.
 AROUND = {
+    "arrow": """
+import memdesc
+from memdesc.interop import arrow
+with memdesc.Service("trades") as service:
+    service.share("trades", arrow.to_descriptor({"price": [1, 2]}))
+    BLOCK 0
+assert trades.num_rows == 2
+BLOCK 1
+""",
     "dma": """
 import sys
 from memdesc import SegmentError, SegmentReason, errors
@@ -114,7 +123,7 @@ NOT_RUN = {
     "torch": "the last block needs a GPU; the others are doctests",
 }
 SESSIONS = {"command-line": "tests/docs/test_command_line_page.py"}
-DOCTESTS = {*EXAMPLES, "services", "torch"}
+DOCTESTS = {*EXAMPLES, "arrow", "services", "torch"}
 BLOCK = re.compile(r"^```(?:python|pycon)\n(.*?)^```", re.S | re.M)
 PAGES = {page.stem: BLOCK.findall(page.read_text()) for page in sorted(DOCS.glob("*.md"))}
 

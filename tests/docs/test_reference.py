@@ -25,6 +25,7 @@ FACES = [
     "memdesc.dma",
     "memdesc.errors",
     "memdesc.files",
+    "memdesc.interop.arrow",
     "memdesc.interop.multiprocessing",
     "memdesc.interop.shared_memory",
     "memdesc.queues",

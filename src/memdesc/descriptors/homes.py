@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from memdesc import _core
 from memdesc.copyio import bytes_of
+from memdesc.mapping import is_immutable
 from memdesc.vm import tracing
 
 if TYPE_CHECKING:
@@ -110,6 +111,12 @@ def descriptor_of(buffer: Any) -> MemoryDescriptor | None:
     if (home.offset, home.length) == (0, home.descriptor.length):
         return home.descriptor
     return SubMemoryDescriptor(home.descriptor, home.offset, home.length)
+
+
+def lies_immutable(buffer: Any) -> bool:
+    """Tell whether a buffer lies in memory that nobody can change, whoever mapped or made it."""
+    window = _exporter_of(buffer)
+    return isinstance(window, _core.Window) and is_immutable(window)
 
 
 def span_of(buffer: Any) -> tuple[int, int]:

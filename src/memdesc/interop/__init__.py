@@ -1,6 +1,7 @@
 """Our memory in what others made: one module for each. Each imports its library only when used.
 
 * `arrays`            NumPy arrays that live in descriptors
+* `arrow`             Arrow tables, read in place by any process
 * `multiprocessing`   such arrays as handles through Process, Queue, Pipe and Pool
 * `shared_memory`     the interface of `multiprocessing.shared_memory`
 * `torch`             tensors, and batches that workers write where a GPU reads them
@@ -13,11 +14,12 @@ import memdesc.handover  # noqa: F401  (descriptors are arguments of multiproces
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import memdesc.interop.arrays as arrays
+    import memdesc.interop.arrow as arrow
     import memdesc.interop.multiprocessing as multiprocessing
 
-__all__ = ["arrays", "multiprocessing"]
+__all__ = ["arrays", "arrow", "multiprocessing"]
 
-_MODULES = ("arrays", "multiprocessing", "shared_memory", "torch")
+_MODULES = ("arrays", "arrow", "multiprocessing", "shared_memory", "torch")
 
 
 def __getattr__(name: str) -> object:

@@ -35,6 +35,7 @@ from memdesc.mapping.place import (
     Placement as Placement,
     explained as explained,
     has_hole as has_hole,
+    is_immutable as is_immutable,
     map_extents as map_extents,
     part_of as part_of,
 )

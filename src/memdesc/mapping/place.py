@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from memdesc.vm.pages import MAX_LENGTH, Access, check_integer, page_size, round
 from memdesc.vm.proc import read_text
 
 _LOWEST = "/proc/sys/vm/mmap_min_addr"
+
+_immutable: weakref.WeakSet[_core.MappedMemory] = weakref.WeakSet()
+"""What is mapped here of objects that nobody can write any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +134,14 @@ def map_extents(
         if placement.prefault:
             populate = _core.MADV_POPULATE_WRITE if writable else _core.MADV_POPULATE_READ
             _core.madvise(memory.address + start, size, populate)
+    if not writable and all(extent.object.immutable for extent in extents):
+        _immutable.add(memory)
     return _core.Window(memory, start + skip, nbytes, writable)
+
+
+def is_immutable(window: _core.Window) -> bool:
+    """Tell whether the bytes can not change: their objects were sealed against it when mapped."""
+    return window.memory in _immutable
 
 
 def _pieces(extents: Sequence[Extent]) -> tuple[list[tuple[MemoryObject, int, int]], int, int]:

@@ -105,6 +105,11 @@ class ForeignObject:
         """Whether a seal holds it read-only (a writable object is what it says)."""
         return self.max_access is Access.READ_WRITE or self._sealed_against_writing()
 
+    @property
+    def immutable(self) -> bool:
+        """Whether nobody can write it any more, its owner neither. A seal is never taken off."""
+        return self._seals > 0 and bool(self._seals & _core.F_SEAL_WRITE)
+
     def fileno(self) -> int:
         """Give our descriptor; `ClosedError` once it is closed."""
         if self._fd < 0:

@@ -59,6 +59,10 @@ class MemoryObject(Protocol):
     def enforced(self) -> bool:
         """Whether seals hold `max_access`, or courtesy alone."""
 
+    @property
+    def immutable(self) -> bool:
+        """Whether it is sealed against all writing."""
+
     def open(self, access: Access) -> int:
         """Give a descriptor for a mapping in this task; the caller closes it."""
 

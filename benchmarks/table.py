@@ -2,10 +2,10 @@
 
 A program has a PyArrow table of three columns: floats, integers, texts. Its readers are running,
 and were given a small one in the same way. From there on: it gives the table to each of them, and
-each reads all of it (a sum of each column). What is timed is until the first reader, and until the last one,
-has told its sums; what is counted is the memory that all of them have mapped more than before
-(Pss: shared pages are counted once), while all readers still have the table. The lengths of the
-texts, which a reader sums, are memory of its own: an eighth of the table.
+each reads all of it (a sum of each column). What is timed is until the first reader, and until the
+last one, has told its sums; what is counted is the memory that all of them have mapped more than
+before (Pss: shared pages are counted once), while all readers still have the table. The lengths of
+the texts, which a reader sums, are memory of its own: an eighth of the table.
 
 * pickle: the table itself through a multiprocessing.Pipe to each;
 * stream: an Arrow IPC stream through a pipe to each, read as it comes;

@@ -153,7 +153,7 @@ def test_slots_that_became_too_small_are_unregistered(driver: FakeDriver) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.leaves("fd", "mapping", "thread", reason="CUDA keeps what it opened")
+@pytest.mark.leaves("fd", "mapping", "thread", "shm", reason="CUDA keeps what it opened")
 def test_on_a_gpu() -> None:
     if not torch.cuda.is_available():
         pytest.skip("PyTorch finds no GPU here")

@@ -70,9 +70,7 @@ def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModuleTy
 
 
 @pytest.mark.slow
-@pytest.mark.leaves(
-    "fd", "mapping", "thread", "shm", reason="where there is a GPU, pinning opens it"
-)
+@pytest.mark.leaves("fd", "mapping", "thread", "shm", reason="CUDA keeps what pinning opens")
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
 def test_all_of_it_as_on_a_gpu(
     script: ModuleType,

@@ -194,6 +194,8 @@ FAILURES: list[tuple[str, str, int, Callable[[], object]]] = [
             lambda own: _core.process_vm_writev(os.getpid(), b"x", own.address),
         ),
     ),
+    ("stat_cached", "statx", errno.EBADF, lambda: _core.stat_cached(-1, b"")),
+    ("stat_cached", "statx", errno.ENOENT, lambda: _core.stat_cached(-1, b"/proc/self/fd/none")),
     ("pidfd_getfd", "pidfd_getfd", errno.EBADF, lambda: _core.pidfd_getfd(-1, 0)),
     (
         "pidfd_getfd",

@@ -357,4 +357,5 @@ def test_json_is_one_object(runtime_dir: Path) -> None:
         "buffers",
         "hidden_tasks",
         "hidden_pids",
+        "held_up_pids",
     }

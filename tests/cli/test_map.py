@@ -61,6 +61,7 @@ def test_every_form(tmp_path: Path) -> None:
 def check_json(report: Any, theirs: Any, owner: int, client: int) -> None:
     assert set(report) == {
         "pid", "user", "program", "memory", "hidden", "regions", "objects", "hidden_tasks",
+        "held_up_pids",
     }  # fmt: skip
     assert (report["pid"], report["user"], report["hidden"]) == (owner, os.geteuid(), None)
     (region,) = find(report, BAD_NAME.replace("\n", "\n"))

@@ -386,6 +386,27 @@ def test_a_client_that_lies_about_the_address(service, address, reason):
         assert client._in_peer == set()
 
 
+def test_a_client_whose_maps_are_held_up(service, monkeypatch):
+    """What becomes of the look itself: cli/test_held_up.py."""
+
+    def held_up(*_):
+        raise md.TimedOutError("held up", errno=errno.ETIMEDOUT)
+
+    monkeypatch.setattr("memdesc.services.peer.regions", held_up)
+    monkeypatch.setattr("memdesc.services.peer.regions_in", held_up)
+    with stranger(service) as one:
+        one.greet()
+        client = service.clients()[1]
+        outcome = push_from_a_thread(client, md.BufferMemoryDescriptor(PAGE))
+        message, fds = one.receive()
+        close_all(fds)
+        one.send(protocol.Mapped(message.id, PAGE))
+        error = outcome()
+        assert (error.reason.name, error.errno) == ("NOT_ANSWERING", errno.ETIMEDOUT)
+        assert one.receive()[0] == protocol.ReleaseMapping(message.token)
+        assert client._in_peer == set()
+
+
 def push_from_a_thread(client, buffer, **options):
     """Map into it from another thread; give what waits for the error."""
     import threading

@@ -28,7 +28,7 @@ from memdesc.errors import (
     TaskGoneError,
     UnsupportedError,
 )
-from memdesc.vm import task as module
+from memdesc.vm import patience, task as module
 from memdesc.vm.task import Credentials, Task
 
 
@@ -375,15 +375,15 @@ def test_a_zombie_met_after_reading_is_not_believed(
 ) -> None:
     child = start()
     with Task(child.pid) as task:
-        open_proc = Task.open_proc
+        read_file = patience.read_file
 
-        def open_and_kill(self: Task, name: str, doing: str) -> int:
-            fd = open_proc(self, name, doing)
+        def read_and_kill(path: str) -> bytes:
+            data = read_file(path)
             child.kill()
             os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-            return fd
+            return data
 
-        monkeypatch.setattr(Task, "open_proc", open_and_kill)
+        monkeypatch.setattr("memdesc.vm.task.read_file", read_and_kill)
         with pytest.raises(TaskGoneError):
             task.read_proc("status", "read its status")
 

@@ -74,6 +74,7 @@ from memdesc._core._native import (
     process_vm_writev as process_vm_writev,
     pwrite as pwrite,
     reserve_memory as reserve_memory,
+    stat_cached as stat_cached,
     uring_enter as uring_enter,
     uring_register_buffers as uring_register_buffers,
     uring_register_eventfd as uring_register_eventfd,

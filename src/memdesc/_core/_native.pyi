@@ -119,6 +119,13 @@ def process_vm_readv(pid: int, buffer: Buffer, address: int) -> int:
 
 def process_vm_writev(pid: int, buffer: Buffer, address: int) -> int: ...
 def pidfd_getfd(pidfd: int, fd: int) -> int: ...
+def stat_cached(fd: int, path: bytes) -> tuple[int, int, int, int, int]:
+    """What is known of a file without asking who serves it (statx, AT_STATX_DONT_SYNC).
+
+    Device, inode, mode, bytes, blocks of 512 bytes. An empty path means the descriptor; -1 and a
+    path the file that it leads to.
+    """
+
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None: ...
 def name_memory(address: int, length: int, name: bytes) -> None:
     """Name private anonymous memory in /proc/PID/maps (prctl PR_SET_VMA_ANON_NAME)."""

@@ -31,6 +31,7 @@ cdef extern from "syscalls.h" nogil:
     long md_process_vm_readv(int, void *, size_t, uintptr_t)
     long md_process_vm_writev(int, void *, size_t, uintptr_t)
     long md_pidfd_getfd(int, int)
+    long md_stat_cached(int, const char *, uint64_t *)
     long md_fallocate(int, int, int64_t, int64_t)
     long md_name(uintptr_t, size_t, const char *)
     enum:
@@ -317,6 +318,16 @@ def pidfd_getfd(int pidfd, int fd):
     with nogil:
         rc = md_pidfd_getfd(pidfd, fd)
     return _check(rc, "pidfd_getfd")
+
+
+def stat_cached(int fd, bytes path not None):
+    cdef const char *name = PyBytes_AsString(path)
+    cdef uint64_t told[5]
+    cdef long rc
+    with nogil:
+        rc = md_stat_cached(fd, name, told)
+    _check(rc, "statx")
+    return told[0], told[1], told[2], told[3], told[4]
 
 
 def fallocate(int fd, int mode, long offset, long length):

@@ -8,6 +8,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from memdesc import _core
+from memdesc.errors import MemdescError
 from memdesc.memory.page_kinds import meminfo
 from memdesc.vm.regions import RegionDetails, details
 from memdesc.vm.task import Task
@@ -114,8 +116,9 @@ def holders(identity: tuple[int, int, int]) -> list[int]:
 
 def _maps_it(pid: int, mapped: str) -> bool:
     try:
-        return mapped in os.fsdecode(Path(f"/proc/{pid}/maps").read_bytes())
-    except OSError:  # ended, or another user's, who could not have got at ours
+        with Task(pid) as task:
+            return mapped in os.fsdecode(task.read_proc("maps", f"look at task {pid}"))
+    except MemdescError:  # ended, or another user's, who could not have got at ours
         return False
 
 
@@ -126,10 +129,10 @@ def _has_open(pid: int, status: tuple[int, int]) -> bool:
         return False
     for number in numbers:
         try:
-            found = os.stat(f"/proc/{pid}/fd/{number}")
+            device, inode, *_ = _core.stat_cached(-1, f"/proc/{pid}/fd/{number}".encode())
         except OSError:
             continue
-        if (found.st_dev, found.st_ino) == status:
+        if (device, inode) == status:
             return True
     return False
 

@@ -50,6 +50,7 @@ def gather(name: str | None = None) -> dict[str, Any]:
         "buffers": _of_no_service(seen, claimed, programs) if name is None else [],
         "hidden_tasks": seen.hidden,
         "hidden_pids": seen.hidden_pids,
+        "held_up_pids": seen.held_up_pids,
     }
 
 

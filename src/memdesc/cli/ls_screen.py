@@ -39,6 +39,8 @@ class LsScreen(Printer):
         self._no_service(report["buffers"], long=long)
         if long and report["hidden_tasks"]:
             self._line(hidden(report["hidden_tasks"], report["hidden_pids"]), style="yellow")
+        if report["held_up_pids"]:
+            self._line(held_up(report["held_up_pids"]), style="yellow")
 
     # -- services --------------------------------------------------------------------------------
 
@@ -184,10 +186,18 @@ def _made_of(objects: Sequence[dict[str, Any]]) -> list[str]:
 def hidden(tasks: int, pids: Sequence[int] = ()) -> str:
     """Say that some tasks could not be looked at, which, and what shows them."""
     remedy = "run as root to see what they have" if os.geteuid() else "this root may not trace them"
-    which = ""
-    if pids:
-        which = f" ({', '.join(map(str, pids[:8]))}{', ...' if len(pids) > 8 else ''})"
-    return f"{count(tasks, 'task')}{which} can not be looked at from here: {remedy}."
+    return f"{count(tasks, 'task')}{_which(pids)} can not be looked at from here: {remedy}."
+
+
+def held_up(pids: Sequence[int]) -> str:
+    """Say that some tasks hold up whoever looks at them, and which."""
+    return f"{count(len(pids), 'task')}{_which(pids)} held up the look at what they have: left out."
+
+
+def _which(pids: Sequence[int]) -> str:
+    if not pids:
+        return ""
+    return f" ({', '.join(map(str, pids[:8]))}{', ...' if len(pids) > 8 else ''})"
 
 
 def _program(one: dict[str, Any], most: int) -> str:

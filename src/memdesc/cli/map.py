@@ -8,7 +8,7 @@ from typing import Any
 
 from memdesc.cli.ls import holder_record, pages_of
 from memdesc.cli.words import amount, program_of
-from memdesc.errors import NotPrivilegedError, TaskGoneError
+from memdesc.errors import NotPrivilegedError, TaskGoneError, TimedOutError
 from memdesc.vm.holders import (
     HeldObject,
     Survey,
@@ -57,10 +57,11 @@ def gather(pid: int) -> dict[str, Any]:
             "regions": [],
             "objects": [],
             "hidden_tasks": 0,
+            "held_up_pids": [],
         }
         try:
             shown = details(task)
-        except NotPrivilegedError as error:
+        except (NotPrivilegedError, TimedOutError) as error:
             report["hidden"] = str(error)
             return report
         except TaskGoneError:
@@ -78,6 +79,7 @@ def gather(pid: int) -> dict[str, Any]:
         _object(seen.objects[one], programs) for one in sorted(wanted & seen.objects.keys())
     ]
     report["hidden_tasks"] = seen.hidden
+    report["held_up_pids"] = seen.held_up_pids
     return report
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.text import Text
 
-from memdesc.cli.ls_screen import hidden
+from memdesc.cli.ls_screen import held_up, hidden
 from memdesc.cli.map import FOLDED, KINDS, Band, bands, gap_before
 from memdesc.cli.printer import Printer
 from memdesc.cli.words import amount, count, harmless, user
@@ -55,6 +55,8 @@ class MapScreen(Printer):
         self._line("   ".join(f"{_LOOK[kind][0]} {kind}" for kind in KINDS if kind in kinds))
         if report["hidden_tasks"]:
             self._line(hidden(report["hidden_tasks"]), style="yellow")
+        if report["held_up_pids"]:
+            self._line(held_up(report["held_up_pids"]), style="yellow")
 
     @property
     def _ascii(self) -> bool:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from typing import Any
+
+from memdesc.errors import MemdescError, TimedOutError
+from memdesc.vm.patience import look_at
+from memdesc.vm.task import Task
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 _INTERPRETERS = ("python", "pypy")
@@ -101,10 +104,9 @@ def program_of(pid: int) -> str:
     Empty where it has ended. The process can call itself as it likes.
     """
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes()[:4096].split(b"\0")
-        if not words[0]:
-            return os.fsdecode(Path(f"/proc/{pid}/comm").read_bytes()).rstrip("\n")
-    except OSError:
+        with Task(pid) as task:
+            words = _arguments(task) or [os.fsencode(task.name)]
+    except MemdescError:
         return ""
     name, *arguments = (os.fsdecode(word) for word in words)
     name = os.path.basename(name)
@@ -112,6 +114,25 @@ def program_of(pid: int) -> str:
         script = _script(arguments)
         name += f" {script}" if script else ""
     return name
+
+
+def _arguments(task: Task) -> list[bytes]:
+    """Give a task's arguments; none where it has none, or does not let them be read.
+
+    They are read out of its memory, whose lock it may keep.
+    """
+    try:
+        path = task.proc_path("cmdline")
+        text = look_at(task, f"read {path}", lambda: _beginning(path))
+    except (TimedOutError, OSError):
+        return []
+    words = text.split(b"\0")
+    return words if words[0] else []
+
+
+def _beginning(path: str) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        return file.read(4096)
 
 
 def _script(arguments: list[str]) -> str:

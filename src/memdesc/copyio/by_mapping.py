@@ -14,8 +14,8 @@ import os
 from memdesc import _core
 from memdesc.copyio.transfer import STEP
 from memdesc.crossing import Way, way_to_copy
-from memdesc.errors import NotPrivilegedError
-from memdesc.memory.memfd import anonymous_device
+from memdesc.errors import MappingError, NotPrivilegedError
+from memdesc.memory.memfd import anonymous_device, memory_devices
 from memdesc.vm.objects import open_object
 from memdesc.vm.pages import Access, page_size, page_span
 from memdesc.vm.regions import ObjectKind, Region, regions_in
@@ -55,7 +55,7 @@ def _map(task: Task, address: int, nbytes: int) -> _core.Window | None:
         if len(found) != 1 or not _suits(found[0], address, nbytes):
             return None
         fd = open_object(task, found[0], Access.READ_ONLY)
-    except NotPrivilegedError:
+    except (NotPrivilegedError, MappingError):
         return None
     try:
         return _map_object(fd, found[0], address, nbytes)
@@ -67,7 +67,10 @@ def _map(task: Task, address: int, nbytes: int) -> _core.Window | None:
 
 def _suits(region: Region, address: int, nbytes: int) -> bool:
     whole = region.start <= address and address + nbytes <= region.end
-    return whole and region.shared and region.readable and region.object.kind in _KINDS
+    is_memory = region.object.kind in _KINDS and (
+        os.makedev(*region.object.device) in memory_devices()  # the name can be any
+    )
+    return whole and region.shared and region.readable and is_memory
 
 
 def _map_object(fd: int, region: Region, address: int, nbytes: int) -> _core.Window | None:

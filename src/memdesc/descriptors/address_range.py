@@ -16,15 +16,17 @@ from memdesc.errors import (
     InvalidArgument,
     MappingError,
     MappingReason,
+    MemdescError,
     NotPrivilegedError,
     TaskGoneError,
+    TimedOutError,
     WiringError,
     WiringReason,
 )
 from memdesc.mapping import Extent, Placement, check_range, explained, map_extents
 from memdesc.memory import zone_map
 from memdesc.memory.foreign import ForeignObject
-from memdesc.memory.memfd import MemoryObject, anonymous_device, find_owned
+from memdesc.memory.memfd import MemoryObject, anonymous_device, find_owned, memory_devices
 from memdesc.vm.objects import open_object
 from memdesc.vm.pages import (
     MAX_LENGTH,
@@ -41,6 +43,19 @@ from memdesc.wiring import wire
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer  # collections.abc has it from 3.12 on
+
+_REASONS = (NotPrivilegedError, TaskGoneError, TimedOutError)
+
+
+def _not_seen(error: MemdescError) -> MappingError:
+    """Say that a task's regions, or what lies behind one, could not be looked at."""
+    if isinstance(error, TaskGoneError):
+        reason = MappingReason.TASK_GONE
+    elif isinstance(error, TimedOutError):
+        reason = MappingReason.NOT_ANSWERING
+    else:
+        reason = MappingReason.NOT_PRIVILEGED
+    return MappingError(str(error), reason=reason, errno=error.errno)
 
 
 @final
@@ -106,7 +121,7 @@ class AddressRangeDescriptor(MemoryDescriptor):
         """What the regions allow their own task now; READ_ONLY where that can not be seen."""
         try:
             found = regions_in(self.task, self.address, self._length)
-        except (NotPrivilegedError, TaskGoneError):
+        except (NotPrivilegedError, TaskGoneError, TimedOutError):
             return Access.READ_ONLY
         writable = found and all(region.access is Access.READ_WRITE for region in found)
         return Access.READ_WRITE if writable else Access.READ_ONLY
@@ -116,16 +131,8 @@ class AddressRangeDescriptor(MemoryDescriptor):
         start = self.address + offset
         try:
             found = regions_in(self.task, start, length)
-        except NotPrivilegedError as error:
-            raise MappingError(
-                f"the maps of task {self.task.pid} can not be read: {error}",
-                reason=MappingReason.NOT_PRIVILEGED,
-                errno=error.errno,
-            ) from error
-        except TaskGoneError as error:
-            raise MappingError(
-                str(error), reason=MappingReason.TASK_GONE, errno=errno.ESRCH
-            ) from error
+        except _REASONS as error:
+            raise _not_seen(error) from error
         gaps = find_holes(found, start, length)
         if gaps:
             hole, size = gaps[0]
@@ -213,30 +220,25 @@ class AddressRangeDescriptor(MemoryDescriptor):
         owned = find_owned(identity)
         if owned is not None:
             return owned
+        if not self.trust_size and identity[0] not in memory_devices():
+            # Its name can be any, and who serves a file can keep waiting whoever opens it.
+            raise MappingError(
+                f"what lies at {region.start:#x} of task {self.task.pid} ({region.path!r}) is not "
+                "memory but of a file system: its owner could truncate it, and the next access "
+                "would kill this process with SIGBUS; have it in a sealed memfd, or say "
+                "trust_size=True if its owner is trusted",
+                reason=MappingReason.CAN_SHRINK,
+                errno=errno.EPERM,
+            )
         try:
             fd = open_object(self.task, region, access)
-        except NotPrivilegedError as error:
-            raise MappingError(
-                str(error), reason=MappingReason.NOT_PRIVILEGED, errno=error.errno
-            ) from error
-        except TaskGoneError as error:
-            raise MappingError(
-                str(error), reason=MappingReason.TASK_GONE, errno=error.errno
-            ) from error
+        except _REASONS as error:
+            raise _not_seen(error) from error
         # Nobody holds a descriptor on shared anonymous memory, so nobody can truncate it. The name
         # alone does not tell it: a task can give a file that name in a mount namespace of its own.
         named_so = region.object.kind is ObjectKind.SHARED_ANONYMOUS
         anonymous = named_so and identity[0] == anonymous_device()
-        object_ = ForeignObject(fd, access, trust_size=self.trust_size or anonymous)
-        if object_.identity != identity:
-            object_.close()
-            raise MappingError(
-                f"what lies at {region.start:#x} of task {self.task.pid} changed while it was "
-                "being opened: try again",
-                reason=MappingReason.NOT_MAPPED,
-                errno=errno.EAGAIN,
-            )
-        return object_
+        return ForeignObject(fd, access, trust_size=self.trust_size or anonymous)
 
     def _map_here(
         self, offset: int, length: int, access: Access, placement: Placement

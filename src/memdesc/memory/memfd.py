@@ -16,6 +16,7 @@ import functools
 import os
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 from memdesc import _core
@@ -32,6 +33,7 @@ from memdesc.memory.page_kinds import PageKind
 from memdesc.vm.forks import lock_for
 from memdesc.vm.pages import Access
 
+_HUGE_PAGES = Path("/sys/kernel/mm/hugepages")
 _PUNCH_HOLE = 3
 """FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE (linux/falloc.h)."""
 
@@ -102,6 +104,23 @@ def anonymous_device() -> int:
         return os.fstat(fd).st_dev
     finally:
         os.close(fd)
+
+
+@functools.cache
+def memory_devices() -> frozenset[int]:
+    """Tell the device numbers of the kernel's own mounts of shmem and of each size of huge pages.
+
+    What lies there is memory and nothing else: no other process serves it.
+    """
+    found = {anonymous_device()}
+    for path in _HUGE_PAGES.glob("hugepages-*kB"):
+        size = int(path.name[10:-2]) << 10
+        flags = os.MFD_HUGETLB | (size.bit_length() - 1) << os.MFD_HUGE_SHIFT
+        with contextlib.suppress(OSError):  # then nobody has any of that size
+            fd = os.memfd_create("memdesc-device", flags | os.MFD_CLOEXEC)
+            found.add(os.fstat(fd).st_dev)
+            os.close(fd)
+    return frozenset(found)
 
 
 def reopen(fd: int, access: Access) -> int:

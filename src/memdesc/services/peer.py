@@ -370,6 +370,8 @@ class Peer(Requester):
             return bool(regions(self.task))
         except (NotPrivilegedError, TaskGoneError):
             return False
+        except TimedOutError:
+            return True
 
     def _compare_claim(
         self, address: int, extents: Sequence[Extent], access: Access
@@ -392,6 +394,10 @@ class Peer(Requester):
                 at += extent.length
         except (NotPrivilegedError, TaskGoneError):
             return None
+        except TimedOutError as error:
+            raise MappingError(
+                str(error), reason=MappingReason.NOT_ANSWERING, errno=error.errno
+            ) from error
         except InvalidArgument as error:
             raise self._false_answer(address, "no address of a task") from error
         return True

@@ -19,7 +19,10 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from memdesc import _core
+from memdesc.errors import MemdescError
 from memdesc.memory.recycler import trim
+from memdesc.vm.task import Task
 
 __all__ = ["Leak", "LeakError", "LeakKind", "Resources", "find_leaks", "leak_guard"]
 
@@ -281,8 +284,9 @@ def _held_by_others(path: Path) -> bool:
     for name in os.listdir("/proc"):
         if not name.isdigit() or int(name) in ours:
             continue
-        with suppress(OSError):  # ended, or another user's: then it is not of this run
-            if mapped.search(Path(f"/proc/{name}/maps").read_text()):
+        # Ended, or another user's: then it is not of this run.
+        with suppress(OSError, MemdescError), Task(int(name)) as task:
+            if mapped.search(os.fsdecode(task.read_proc("maps", f"look at task {name}"))):
                 return True
             if any(_is_same(fd, file) for fd in Path(f"/proc/{name}/fd").iterdir()):
                 return True
@@ -291,9 +295,10 @@ def _held_by_others(path: Path) -> bool:
 
 def _is_same(fd: Path, file: os.stat_result) -> bool:
     try:
-        return os.path.samestat(fd.stat(), file)
+        device, inode, *_ = _core.stat_cached(-1, os.fsencode(fd))
     except FileNotFoundError:  # closed since it was listed
         return False
+    return (device, inode) == (file.st_dev, file.st_ino)
 
 
 @contextmanager

@@ -3,17 +3,20 @@
 What the kernel shows of each object that has no name in any folder (memfds above all): who maps
 it with which access, who has it open, and what of it is resident, huge or wired. Nothing is opened
 or mapped for it, so nobody notices. Tasks come and go meanwhile: one that ends while it is read is
-left out.
+left out. One that holds up whoever looks at it is left out too, and told of.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from memdesc.errors import MemdescError, NotPrivilegedError
+from memdesc import _core
+from memdesc.errors import MemdescError, NotPrivilegedError, TimedOutError
 from memdesc.vm.pages import Access, page_size
 from memdesc.vm.regions import Region, RegionDetails, details, parse_maps
 from memdesc.vm.task import Task
@@ -23,6 +26,8 @@ Identity = tuple[int, int]
 
 _MEMFD = "/memfd:"
 _OWN_MODE = 0o600
+_MOST_OF_A_USER = 30.0
+"""Seconds that the tasks of one user get together: they could have descriptors without end."""
 _FEW = 64
 """Objects that are looked for in a text; for more of them it is parsed at once."""
 
@@ -108,10 +113,14 @@ class Survey:
     objects : dict of tuple to HeldObject
     hidden_pids : list of int
         Tasks that the kernel does not let this process look at.
+    held_up_pids : list of int
+        Tasks that hold up whoever looks at them, or whose user's took too long together: nothing,
+        or not all, is known of them.
     """
 
     objects: dict[Identity, HeldObject] = field(default_factory=dict)
     hidden_pids: list[int] = field(default_factory=list)
+    held_up_pids: list[int] = field(default_factory=list)
 
     @property
     def hidden(self) -> int:
@@ -140,14 +149,17 @@ def survey(
     known = None if wanted is None else frozenset(wanted)
     if known is not None and not known:
         return found
+    spent: dict[int, float] = {}
     for pid in all_pids() if pids is None else pids:
         if pid == os.getpid():
             continue
         try:
             with Task(pid) as task:
-                _look(task, found, known)
+                _look_in_time(task, found, known, spent)
         except NotPrivilegedError:
             found.hidden_pids.append(pid)
+        except TimedOutError:
+            found.held_up_pids.append(pid)
         except MemdescError:
             continue  # it has ended, or it is a kernel thread
     return found
@@ -165,7 +177,29 @@ def identity_of(region: Region) -> Identity | None:
     return os.makedev(*region.object.device), region.object.inode
 
 
-def _look(task: Task, found: Survey, wanted: frozenset[Identity] | None) -> None:
+def _look_in_time(
+    task: Task, found: Survey, wanted: frozenset[Identity] | None, spent: dict[int, float]
+) -> None:
+    """Look at a task, in what is left of its user's seconds."""
+    uid, begun = task.credentials.uid, time.monotonic()
+    until = begun + _MOST_OF_A_USER - spent.get(uid, 0.0)
+    _check_time(task, until)
+    try:
+        _look(task, found, wanted, until)
+    finally:
+        spent[uid] = spent.get(uid, 0.0) + time.monotonic() - begun
+
+
+def _check_time(task: Task, until: float) -> None:
+    if time.monotonic() >= until:
+        raise TimedOutError(
+            f"the tasks of user {task.credentials.uid} took {_MOST_OF_A_USER:g} s to look at: "
+            f"task {task.pid} is left out",
+            errno=errno.ETIMEDOUT,
+        )
+
+
+def _look(task: Task, found: Survey, wanted: frozenset[Identity] | None, until: float) -> None:
     text = os.fsdecode(task.read_proc("maps", f"look at task {task.pid}"))
 
     def is_meant(region: Region) -> bool:
@@ -175,7 +209,7 @@ def _look(task: Task, found: Survey, wanted: frozenset[Identity] | None) -> None
 
     if _may_have(text, wanted) and any(map(is_meant, parse_maps(text))):
         _add_mappings(task, found, is_meant)
-    _add_descriptors(task, found, wanted)
+    _add_descriptors(task, found, wanted, until)
 
 
 def _may_have(text: str, wanted: frozenset[Identity] | None) -> bool:
@@ -227,23 +261,27 @@ def wired_bytes(one: RegionDetails) -> int:
     return one.resident if "lo" in one.flags else 0
 
 
-def _add_descriptors(task: Task, found: Survey, wanted: frozenset[Identity] | None) -> None:
+def _add_descriptors(
+    task: Task, found: Survey, wanted: frozenset[Identity] | None, until: float
+) -> None:
     for target, path in _descriptors(task):
+        _check_time(task, until)
         if not target.startswith(_MEMFD):
             continue
         try:
-            status = os.stat(path)
+            # Any file may have that name, or the number by now: a stat of it could hang.
+            device, inode, mode, nbytes, blocks = _core.stat_cached(-1, os.fsencode(path))
         except OSError:
             continue  # closed since the listing
-        identity = status.st_dev, status.st_ino
+        identity = device, inode
         if wanted is not None and identity not in wanted:
             continue
         object_ = found.objects.get(identity)
         if object_ is None:
             name = target.removeprefix(_MEMFD).removesuffix(" (deleted)")
             object_ = found.objects[identity] = HeldObject(identity, name)
-        object_.nbytes, object_.allocated = status.st_size, status.st_blocks * 512
-        object_.mode = stat.S_IMODE(status.st_mode)
+        object_.nbytes, object_.allocated = nbytes, blocks * 512
+        object_.mode = stat.S_IMODE(mode)
         object_.holder(task).descriptors += 1
 
 

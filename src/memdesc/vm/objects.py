@@ -13,8 +13,9 @@ import errno
 import os
 
 from memdesc import _core
-from memdesc.errors import NotPrivilegedError
+from memdesc.errors import MappingError, MappingReason, NotPrivilegedError
 from memdesc.vm.pages import Access
+from memdesc.vm.patience import look_at
 from memdesc.vm.regions import Region
 from memdesc.vm.task import Task
 
@@ -28,17 +29,48 @@ def open_object(task: Task, region: Region, access: Access) -> int:
         Both rungs are denied (EPERM, EACCES).
     TaskGoneError
         The task has ended.
+    MappingError
+        NOT_MAPPED: something else lies there by now (EAGAIN).
+    TimedOutError
+        It holds up whoever looks at it, or who serves the file does (ETIMEDOUT).
     """
+    doing = f"open the object at {region.start:#x}"
+    fd = look_at(task, doing, lambda: _open(task, region, access), undo=os.close)
+    task.check_alive(doing)
+    return fd
+
+
+def _open(task: Task, region: Region, access: Access) -> int:
     flags = (os.O_RDWR if access.writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK
     denied: list[str] = []
     link = task.proc_path(f"map_files/{region.start:x}-{region.end:x}")
     try:
-        fd = os.open(link, flags)
+        handle = os.open(link, os.O_PATH | os.O_CLOEXEC)
+        try:
+            return _open_again(task, region, handle, flags)
+        finally:
+            os.close(handle)
+    except MappingError:
+        raise
     except OSError as error:
         denied.append(f"map_files: {errno.errorcode.get(error.errno or 0)}")
-        fd = _through_descriptor(task, region, flags, denied)
-    task.check_alive(f"open the object at {region.start:#x}")
-    return fd
+        return _through_descriptor(task, region, flags, denied)
+
+
+def _open_again(task: Task, region: Region, handle: int, flags: int) -> int:
+    """Open what a handle refers to, if it is what was seen: of anything else opening can hang."""
+    if _core.stat_cached(handle, b"")[:2] != _identity(region):
+        raise MappingError(
+            f"what lies at {region.start:#x} of task {task.pid} changed while it was being "
+            "opened: try again",
+            reason=MappingReason.NOT_MAPPED,
+            errno=errno.EAGAIN,
+        )
+    return os.open(f"/proc/self/fd/{handle}", flags)
+
+
+def _identity(region: Region) -> tuple[int, int]:
+    return os.makedev(*region.object.device), region.object.inode
 
 
 def _through_descriptor(task: Task, region: Region, flags: int, denied: list[str]) -> int:
@@ -51,7 +83,9 @@ def _through_descriptor(task: Task, region: Region, flags: int, denied: list[str
             denied.append(f"pidfd_getfd: {errno.errorcode.get(error.errno or 0)}")
         else:
             try:
-                return os.open(f"/proc/self/fd/{borrowed}", flags)
+                return _open_again(task, region, borrowed, flags)
+            except MappingError:
+                raise
             except OSError as error:
                 denied.append(f"re-opening: {errno.errorcode.get(error.errno or 0)}")
             finally:
@@ -67,7 +101,6 @@ def _through_descriptor(task: Task, region: Region, flags: int, denied: list[str
 
 def _descriptor_on(task: Task, region: Region, denied: list[str]) -> int | None:
     """The number of a descriptor of the task on that object, if it has one that we may see."""
-    device = os.makedev(*region.object.device)
     folder = task.proc_path("fd")
     try:
         numbers = os.listdir(folder)
@@ -76,10 +109,10 @@ def _descriptor_on(task: Task, region: Region, denied: list[str]) -> int | None:
         return None
     for number in numbers:
         try:
-            status = os.stat(f"{folder}/{number}")
+            found = _core.stat_cached(-1, f"{folder}/{number}".encode())
         except OSError:
             continue  # closed since the listing, or not ours to look at: then it is not the one
-        if (status.st_dev, status.st_ino) == (device, region.object.inode):
+        if found[:2] == _identity(region):
             return int(number)
     denied.append("the task keeps no descriptor on it")
     return None

@@ -13,11 +13,13 @@ import os
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 from memdesc import _core
-from memdesc.errors import InvalidArgument, NotPreparedError, NotPrivilegedError
+from memdesc.errors import InvalidArgument, NotPreparedError, NotPrivilegedError, TimedOutError
 from memdesc.vm.pages import page_size, page_span
+from memdesc.vm.patience import look_at
 from memdesc.vm.regions import Region, check_range, find_holes, regions_in
 from memdesc.vm.task import Task
 
@@ -88,7 +90,9 @@ def _fill(task: Task, fd: int, chunk: array[int], offset: int, doing: str) -> No
     rest = memoryview(chunk).cast("B")
     while rest:
         try:
-            got = os.preadv(fd, [rest], offset)
+            got = look_at(task, doing, partial(os.preadv, fd, [rest], offset))
+        except TimedOutError:
+            raise
         except OSError as error:
             raise task.explain(doing, error) from error
         if not got:

@@ -14,8 +14,9 @@ import select
 import socket as sockets
 import struct
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 from memdesc.errors import (
     AllocationError,
@@ -28,10 +29,13 @@ from memdesc.errors import (
     describe_errno,
 )
 from memdesc.vm.pages import check_integer
+from memdesc.vm.patience import look_at, read_file
 
 SO_PEERPIDFD = 77  # asm-generic/socket.h, Linux 6.5
+_T = TypeVar("_T")
 _MAX_PID = 2**31 - 1
 _UCRED = struct.Struct("iII")  # pid, uid, gid: unix(7), SO_PEERCRED
+_NEVER_WAITS = ("stat", "status", "comm")  # read without the lock on the task's address space
 _LONGEST_POLL = 10**9  # milliseconds: poll takes an int, so longer waits go in turns
 
 
@@ -261,12 +265,13 @@ class Task:
             The task has ended.
         NotPrivilegedError
             The kernel does not show this process that file (EACCES, EPERM).
+        TimedOutError
+            The task holds up whoever looks at it (ETIMEDOUT).
         """
-        self.check_alive(doing)
-        try:
-            fd = os.open(self.proc_path(name), os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise self.explain(doing, error) from error
+        path = self.proc_path(name)
+        fd = self._look(
+            name, doing, lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC), undo=os.close
+        )
         try:
             self.check_alive(doing)
         except BaseException:
@@ -275,15 +280,30 @@ class Task:
         return fd
 
     def read_proc(self, name: str, doing: str) -> bytes:
-        """Read a whole file of the task under /proc; raises as `open_proc` does."""
-        fd = self.open_proc(name, doing)
-        with open(fd, "rb") as file:
-            try:
-                data = file.read()
-            except OSError as error:
-                raise self.explain(doing, error) from error
+        """Read a whole file of the task under /proc; raises as `open_proc` does.
+
+        One of more than 256 MiB is an error (EFBIG): a task could make it endless.
+        """
+        path = self.proc_path(name)
+        data = self._look(name, doing, lambda: read_file(path))
         self.check_alive(doing)  # a zombie's files read as empty
         return data
+
+    def _look(
+        self,
+        name: str,
+        doing: str,
+        look: Callable[[], _T],
+        undo: Callable[[_T], object] | None = None,
+    ) -> _T:
+        """Look at a file of the task under /proc; it can not make this process wait."""
+        self.check_alive(doing)
+        try:
+            return look() if name in _NEVER_WAITS else look_at(self, doing, look, undo)
+        except MemdescError:
+            raise
+        except OSError as error:
+            raise self.explain(doing, error) from error
 
     def explain(self, doing: str, error: OSError) -> MemdescError:
         """Say in the family's terms why the kernel refused `doing` on this task."""

@@ -3,7 +3,10 @@
 The file `disk` shows at each offset what `pattern` gives. A read that touches the offset `bad` is
 EIO; one that touches `hang` is answered only when the kernel interrupts it, or never.
 
-As a program: fuse_disk.py MOUNTPOINT SIZE BAD HANG, and "stubborn" for never.
+What opens it with O_DSYNC goes past the page cache (FOPEN_DIRECT_IO). It has a second name,
+`memfd:disk`, and can be "deaf": who asks for its attributes (stat) is never answered.
+
+As a program: fuse_disk.py MOUNTPOINT SIZE BAD HANG, "stubborn" for never, and "deaf".
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import stat
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +27,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _DETACH = 2  # MNT_DETACH
 # linux/fuse.h
 _LOOKUP, _FORGET, _GETATTR, _SETATTR, _OPEN, _READ, _WRITE = 1, 2, 3, 4, 14, 15, 16
+_DIRECT_IO = 1  # FOPEN_DIRECT_IO
 _RELEASE, _FSYNC, _FLUSH, _INIT, _INTERRUPT, _DESTROY, _BATCH_FORGET = 18, 20, 25, 26, 36, 38, 42
 
 
@@ -40,13 +44,18 @@ class NoDisk(Exception):
 
 @contextmanager
 def failing_disk(
-    folder: Path, size: int, *, bad: int = NOWHERE, hang: int = NOWHERE, stubborn: bool = False
+    folder: Path,
+    size: int,
+    *,
+    bad: int = NOWHERE,
+    hang: int = NOWHERE,
+    stubborn: bool = False,
+    deaf: bool = False,
 ) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
     """Mount one: gives the file and the process that serves it."""
     command = [sys.executable, "-I", "-S", __file__, str(folder), str(size), str(bad), str(hang)]
-    server = subprocess.Popen(
-        [*command, "stubborn"] if stubborn else command, stdout=subprocess.PIPE, text=True
-    )
+    command += ["stubborn"] * stubborn + ["deaf"] * deaf
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     try:
         told = server.stdout.readline().strip()
@@ -61,8 +70,9 @@ def failing_disk(
 
 
 class _Server:
-    def __init__(self, fd: int, size: int, bad: int, hang: int, stubborn: bool) -> None:
-        self.fd, self.size, self.bad, self.hang, self.stubborn = fd, size, bad, hang, stubborn
+    def __init__(self, fd: int, size: int, bad: int, hang: int, how: Collection[str]) -> None:
+        self.fd, self.size, self.bad, self.hang = fd, size, bad, hang
+        self.stubborn, self.deaf = "stubborn" in how, "deaf" in how
         self.waiting: set[int] = set()
 
     def serve(self) -> None:
@@ -95,14 +105,16 @@ class _Server:
             head = struct.pack("<IIIIHHIIHHI", 7, 31, 1 << 17, 0, 64, 48, 1 << 17, 1, 32, 0, 0)
             self.answer(unique, head + bytes(28))
         elif opcode == _LOOKUP:
-            if body.rstrip(b"\0") == b"disk":
+            if body.rstrip(b"\0") in (b"disk", b"memfd:disk"):
                 self.answer(unique, struct.pack("<QQQQII", 2, 0, 0, 0, 0, 0) + self.attributes(2))
             else:
                 self.answer(unique, error=errno.ENOENT)
         elif opcode in (_GETATTR, _SETATTR):
-            self.answer(unique, struct.pack("<QII", 0, 0, 0) + self.attributes(node))
+            if not self.deaf or node == 1:
+                self.answer(unique, struct.pack("<QII", 0, 0, 0) + self.attributes(node))
         elif opcode == _OPEN:
-            self.answer(unique, struct.pack("<QII", 1, 0, 0))
+            (flags,) = struct.unpack_from("<I", body)
+            self.answer(unique, struct.pack("<QII", 1, _DIRECT_IO if flags & os.O_DSYNC else 0, 0))
         elif opcode == _READ:
             self.read(unique, *struct.unpack_from("<QQI", body)[1:])
         elif opcode == _WRITE:
@@ -141,7 +153,7 @@ def main(folder: str, size: str, bad: str, hang: str, *how: str) -> None:
         return
     _libc.prctl(1, 9)  # PR_SET_PDEATHSIG: a test's watchdog may end the parent
     print("ready", flush=True)
-    _Server(fd, int(size), int(bad), int(hang), bool(how)).serve()
+    _Server(fd, int(size), int(bad), int(hang), how).serve()
 
 
 if __name__ == "__main__":

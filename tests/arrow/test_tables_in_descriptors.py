@@ -187,23 +187,30 @@ def test_what_is_no_table_is_refused(data: Any) -> None:
     assert no.value.__cause__ is not None
 
 
-def test_a_table_that_grows_meanwhile_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("before", "after"), [(100, 200), (200, 100)])
+def test_texts_that_change_meanwhile_are_refused(
+    before: int, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their lengths lie in memory of a program, which another thread of it stores to."""
+    ends = np.array([0, before], "i4")
+    text = pa.StringArray.from_buffers(1, pa.py_buffer(ends), pa.py_buffer(bytes(1000)))
     written = []
 
     def write(pa: Any, columns: pa.Table, sink: Any) -> None:
-        written.append(sink)
-        real(pa, columns.slice(len(written) - 1), sink)
+        ends[1] = after if written else before
+        written.append(columns)
+        real(pa, columns, sink)
 
     real = arrow._write
     monkeypatch.setattr(arrow, "_write", write)
     with pytest.raises(md.InvalidArgument) as no:
-        arrow.to_descriptor({"n": range(1000)}, name="grows")
+        arrow.to_descriptor({"s": text}, name="changes")
     assert no.value.errno == errno.EAGAIN
-    written.clear()
+    assert len(written) == 2
     del no
     gc.collect()
     md.recycler.trim()
-    assert not maps_of("grows")
+    assert not maps_of("changes")
 
 
 @pytest.mark.parametrize("max_access", list(md.Access))

@@ -101,15 +101,7 @@ def to_descriptor(
     with BufferMemoryDescriptor(
         measured.size(), pages=pages, contents=Contents.UNDEFINED, name=name
     ) as buffer:
-        sink = pa.FixedSizeBufferWriter(pa.py_buffer(buffer))
-        _write(pa, columns, sink)
-        if sink.tell() != buffer.length:  # else it would end in what the memory held before
-            raise InvalidArgument(
-                f"the table took {sink.tell():,} bytes, {buffer.length:,} a moment before: "
-                "something changed it meanwhile",
-                errno=errno.EAGAIN,
-            )
-        del sink
+        _fill(pa, columns, buffer)
         return buffer.snapshot()
 
 
@@ -206,6 +198,21 @@ def _write(pa: Any, columns: pa.Table, sink: Any) -> None:
     options = pa.ipc.IpcWriteOptions(allow_64bit=True, use_threads=False)
     with pa.ipc.new_stream(sink, columns.schema, options=options) as writer:
         writer.write_table(columns)
+
+
+def _fill(pa: Any, columns: pa.Table, buffer: BufferMemoryDescriptor) -> None:
+    sink = pa.FixedSizeBufferWriter(pa.py_buffer(buffer))
+    cause = None
+    try:
+        _write(pa, columns, sink)
+    except (pa.ArrowException, OSError) as error:
+        cause = error
+    if cause or sink.tell() != buffer.length:  # it would end in what the memory held before
+        raise InvalidArgument(
+            f"the table took {buffer.length:,} bytes a moment before, and now another number: "
+            "whoever has memory that its columns lie in changed them meanwhile",
+            errno=errno.EAGAIN,
+        ) from cause
 
 
 def _check_in_place(pa: Any, source: pa.Buffer) -> None:

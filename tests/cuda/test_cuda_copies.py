@@ -92,7 +92,7 @@ def test_several_as_one(
 
 
 def test_across_registrations(fake: FakeDriver, far: int, buffer: BufferMemoryDescriptor) -> None:
-    """CUDA copies nothing that lies in two registrations at once."""
+    """CUDA does not say that it copies what lies in two registrations at once."""
     device = CudaDevice(driver=fake)
     with device.registered(SubMemoryDescriptor(buffer, page_size, 2 * page_size)):
         with device.registered(buffer) as pinned:

@@ -120,21 +120,25 @@ def test_read_only_memory_needs_its_flag(
 # --- Copies -------------------------------------------------------------------------------------
 
 
-def test_no_copy_lies_in_two_registrations(
+def test_no_copy_is_of_registered_memory_in_part(
     driver: Driver, device: CudaDevice, memory_of: MemoryOf, buffer: BufferMemoryDescriptor
 ) -> None:
-    """By a bare call. By ours it is two."""
+    pointer = memory_of(NBYTES)
+    with device.registered(SubMemoryDescriptor(buffer, 0, 2 * page_size)), device.current():
+        stream = driver.create_stream()
+        code = refused(lambda: driver.copy(pointer, buffer.address, NBYTES, Kind.TO_DEVICE, stream))
+        driver.destroy_stream(stream)
+        assert code == INVALID_VALUE
+
+
+def test_memory_in_two_registrations_is_copied(
+    device: CudaDevice, memory_of: MemoryOf, buffer: BufferMemoryDescriptor
+) -> None:
     pointer = memory_of(NBYTES)
     first = SubMemoryDescriptor(buffer, 0, 2 * page_size)
     with BufferMemoryDescriptor(NBYTES) as other, device.registered(first):
         with device.registered(buffer) as pinned, device.registered(other) as back:
-            with device.current():
-                stream = driver.create_stream()
-                code = refused(
-                    lambda: driver.copy(pointer, buffer.address, NBYTES, Kind.TO_DEVICE, stream)
-                )
-                assert code == INVALID_VALUE
-                driver.destroy_stream(stream)
+            assert pinned.statistics().parts == 2
             pinned.copy_to_device(pointer).wait(10)
             back.copy_from_device(pointer).wait(10)
             assert other.read_bytes() == DATA

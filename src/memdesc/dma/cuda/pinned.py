@@ -30,7 +30,7 @@ _UNKNOWN = 16
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Bytes at one address, in one registration: CUDA copies none that lie in two."""
+    """Bytes at one address, in one registration: CUDA promises no copy out of two."""
 
     start: int
     nbytes: int

@@ -238,7 +238,8 @@ def main() -> None:
     if gpu:
         results["gpu"] = {"name": torch.cuda.get_device_name(), "driver": gpu_facts()}
     results["torch version"] = torch.__version__
-    finish("dataloader", __doc__ or "", results, checks)
+    # What was measured without a GPU stays.
+    finish("dataloader-gpu" if gpu else "dataloader", __doc__ or "", results, checks)
 
 
 def checked(results: dict[str, Any], on_gpu: bool) -> dict[str, bool]:

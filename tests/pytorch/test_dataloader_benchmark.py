@@ -81,7 +81,7 @@ def test_all_of_it_as_on_a_gpu(
     monkeypatch.setattr(sys, "argv", ["dataloader.py", "--short", "--save"])
     with pytest.raises(SystemExit) as ended:
         script.main()
-    saved = json.loads((tmp_path / "dataloader.json").read_text())
+    saved = json.loads((tmp_path / "dataloader-gpu.json").read_text())
     assert (ended.value.code, set(saved["checks"].values())) == (0, {True})
     results = saved["results"]
     assert results["gpu"]["name"] == "Fake 0"

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -215,6 +215,8 @@ def runtime(**calls: Callable[..., tuple[Any, ...]]) -> ModuleType:
     """A module as cuda.bindings.runtime is: each call gives (error, ...)."""
     module = ModuleType("cuda.bindings.runtime")
     module.cudaGetLastError = lambda: (Answer(0),)  # type: ignore[attr-defined]
+    kinds = {kind.value: kind for kind in boundary.Kind}
+    module.cudaMemcpyKind = SimpleNamespace(**kinds)  # type: ignore[attr-defined]
     for name, call in calls.items():
         setattr(module, name, call)
     return module

@@ -118,6 +118,7 @@ class CudaDriver:
 
     def __init__(self) -> None:
         self._runtime: Any = _import_runtime()
+        self._kinds = {kind: getattr(self._runtime.cudaMemcpyKind, kind.value) for kind in Kind}
         self._pid = os.getpid()
 
     # -- devices ---------------------------------------------------------------------------------
@@ -176,8 +177,7 @@ class CudaDriver:
 
     def copy(self, to: int, source: int, nbytes: int, kind: Kind, stream: int) -> None:
         """Have bytes copied by a stream; returns at once where the memory is pinned."""
-        way = getattr(self._runtime.cudaMemcpyKind, kind.value)
-        self._call("cudaMemcpyAsync", to, source, nbytes, way, stream)
+        self._call("cudaMemcpyAsync", to, source, nbytes, self._kinds[kind], stream)
 
     # -- streams and events ----------------------------------------------------------------------
 
@@ -229,9 +229,9 @@ class CudaDriver:
         return int(get_cuda_native_handle(made))
 
     def _call(self, call: str, *arguments: Any) -> Any:
-        code, *results = self._answer(call, *arguments)
-        self._check(call, code)
-        return results[0] if results else None
+        answer = self._answer(call, *arguments)
+        self._check(call, answer[0])
+        return answer[1] if len(answer) > 1 else None
 
     def _answer(self, call: str, *arguments: Any) -> tuple[Any, ...]:
         if os.getpid() != self._pid:
@@ -243,7 +243,7 @@ class CudaDriver:
         return answer
 
     def _check(self, call: str, code: Any) -> None:
-        if int(code):
+        if code:
             # Forget it: whoever asks for the thread's last error next would take it for his own.
             self._runtime.cudaGetLastError()
             raise device_error(call, int(code), code.name)

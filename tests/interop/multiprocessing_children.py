@@ -98,3 +98,20 @@ def install_and_send(pipe: Any) -> None:
 def few_descriptors(count: int) -> None:
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+
+
+def send_on_and_die(pipe: Any, queue: Any) -> None:
+    """Send a descriptor that came, and one of one's own; be killed before anybody receives them."""
+    came = pipe.recv()
+    own = md.BufferMemoryDescriptor(md.page_size)
+    own.write_bytes(0, b"of his")
+    pipe.send(came)
+    queue.put([came, own])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def turned_over(descriptor: md.MemoryDescriptor) -> tuple[md.MemoryDescriptor, md.MemoryDescriptor]:
+    """What came, and one of one's own with all bits the other way."""
+    own = md.BufferMemoryDescriptor(descriptor.length)
+    own.array()[:] = ~descriptor.array()
+    return descriptor, own

@@ -8,7 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any
 
 from memdesc.debug.views import find_holders, memory_of
@@ -137,12 +137,16 @@ def _add(error: BaseException, what: str, lines: list[str]) -> None:
 
 
 def _lines_of_program(most: int) -> tuple[tuple[CodeType, int], ...]:
-    """The innermost lines that are not of this package; of its own threads, those that are."""
-    frame = inner = sys._getframe(2)
-    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__")):
-        frame = frame.f_back
-    if frame.f_globals.get("__name__") == "threading":
+    """The innermost lines that are not of this package; of its own threads, those that are.
+
+    What `multiprocessing` does on the way to them is passed over too; not what its threads do.
+    """
+    inner = sys._getframe(2)
+    frame = _beyond(inner, ("memdesc", "contextlib"))
+    if _module_of(frame) == "threading":
         frame = inner
+    elif _module_of(further := _beyond(frame, ("multiprocessing",))) != "threading":
+        frame = further
     lines: list[tuple[CodeType, int]] = []
     at: Any = frame
     while at is not None and len(lines) < most:
@@ -151,5 +155,11 @@ def _lines_of_program(most: int) -> tuple[tuple[CodeType, int], ...]:
     return tuple(lines)
 
 
-def _is_ours(module: object) -> bool:
-    return isinstance(module, str) and (module == "contextlib" or module.startswith("memdesc."))
+def _beyond(frame: FrameType, packages: tuple[str, ...]) -> FrameType:
+    while frame.f_back is not None and _module_of(frame).partition(".")[0] in packages:
+        frame = frame.f_back
+    return frame
+
+
+def _module_of(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__"))

@@ -30,7 +30,7 @@ from memdesc import (
     RangeError,
     UnsupportedError,
 )
-from memdesc.interop.shared_memory import SharedMemory, folder, names
+from memdesc.interop.shared_memory import SharedMemory, folder, keeping, names
 
 Closing = Callable[[Any], Any]
 
@@ -305,8 +305,6 @@ def test_a_fork_child_answers_for_what_it_inherited(closing: Closing) -> None:
     block.buf[:5] = b"first"
     closed.unlink()
     # The parent holds it no longer; as if it had ended.
-    from memdesc.interop.shared_memory import keeping
-
     block.close()
     keeping.name_gone(block._holding)
     again = SharedMemory("frames")
@@ -361,6 +359,62 @@ def test_a_child_of_multiprocessing_that_ends_leaves_nothing(
     child.close()
     assert left_in(runtime_dir) == before
     assert block.size == 3
+
+
+def test_who_ends_while_others_have_the_lock_goes_as_if_he_was_killed(
+    closing: Closing, runtime_dir: Path
+) -> None:
+    first = SharedMemory("first", create=True, size=1)
+    own = folder.folder()
+    reader, writer = os.pipe()
+
+    def end() -> None:
+        blocks = [SharedMemory(f"late{number}", create=True, size=1) for number in range(3)]
+        os.write(writer, b"r")
+        kept.extend(blocks)
+        signal.sigwait([signal.SIGUSR1])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(names, "_MOMENT", 0.05)
+            keeping._end()
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    pid = start(end)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+    assert os.read(reader, 1) == b"r"
+    os.close(reader)
+    os.close(writer)
+    with folder.changing(own):
+        os.kill(pid, signal.SIGUSR1)
+        assert finish(pid) == 0
+        assert sorted(os.listdir(f"{own}/names")) == ["first", "late0", "late1", "late2"]
+    with pytest.raises(BlockNotFoundError):
+        SharedMemory("late0")
+    closing(SharedMemory("late1", create=True, size=5))
+    names.sweep_all()
+    assert sorted(os.listdir(f"{own}/names")) == ["first", "late1"]
+    first.close()
+    first.unlink()
+
+
+def test_names_of_one_who_ends_go_with_the_lock_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def end() -> int:
+        SharedMemory("other", create=True, size=1).unlink()
+        for number in range(5):
+            kept.append(SharedMemory(f"late{number}", create=True, size=1))
+        kept[1].unlink()
+        taken: list[str] = []
+        real = names.changing
+
+        def changing(own: str, timeout: float = 5.0) -> Any:
+            taken.append(own)
+            return real(own, timeout)
+
+        monkeypatch.setattr(names, "changing", changing)
+        keeping._end()
+        assert os.listdir(f"{folder.folder()}/names") == []
+        return len(taken)
+
+    assert in_child(end) == 1
 
 
 def test_an_array_that_outlives_its_block_answers_for_the_name() -> None:

@@ -147,9 +147,9 @@ def is_ours(own: str) -> bool:
 
 
 @contextlib.contextmanager
-def changing(own: str) -> Iterator[None]:
+def changing(own: str, timeout: float = 5.0) -> Iterator[None]:
     """Be the only one who makes or removes names. For microseconds."""
-    with _threads.held(), locked(own):
+    with _threads.held(), locked(own, timeout):
         yield
 
 

@@ -19,7 +19,6 @@ from typing import Final
 from memdesc import _core
 from memdesc.descriptors.base import MemoryDescriptor
 from memdesc.descriptors.homes import note_home
-from memdesc.errors import BlockNotFoundError
 from memdesc.interop.shared_memory import names
 from memdesc.interop.shared_memory.holders import Holding
 from memdesc.vm.forks import tell_child
@@ -90,10 +89,7 @@ def look_after() -> None:
 
 def _end() -> None:
     """At the end of the process: let go, and take names along that lead nowhere now."""
-    for holding in list(_held):
-        if holding.leave() and holding.named:
-            with contextlib.suppress(BlockNotFoundError):
-                names.remove(holding)
+    names.remove_last([holding for holding in list(_held) if holding.leave()])
     _held.clear()
     _awaiting.clear()
 

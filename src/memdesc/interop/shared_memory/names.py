@@ -10,9 +10,10 @@ import contextlib
 import errno
 import itertools
 import os
+from collections.abc import Iterable
 
 from memdesc import _core
-from memdesc.errors import BlockExistsError, BlockNotFoundError, NotPrivilegedError
+from memdesc.errors import AllocationError, BlockExistsError, BlockNotFoundError, NotPrivilegedError
 from memdesc.interop.shared_memory.folder import (
     Record,
     changing,
@@ -29,6 +30,9 @@ _SWEPT_EVERY = 64
 
 _TRIES = 1000
 """How often a holder that has just let go may be met before a name counts as nobody's."""
+
+_MOMENT = 1.0
+"""Seconds that who ends waits for others who make or remove names."""
 
 _PUNCH_HOLE = 3
 """FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE (linux/falloc.h)."""
@@ -147,11 +151,35 @@ def remove(holding: Holding) -> None:
     if not os.path.isdir(own):
         raise _not_found(name)
     with changing(own):
-        if not holding.named:
+        if not _remove_name(holding):
             raise _not_found(name)
-        os.unlink(f"{own}/names/{name}")
-        if not anyone(own, holding.token):  # nobody looks there again: what the dead left goes now
-            _remove_block(own, holding.token)
+
+
+def remove_last(holdings: Iterable[Holding]) -> None:
+    """At the end of a process, remove the names that lead nowhere now.
+
+    The lock is taken once for all of them: where many processes end together, each with many names,
+    some would wait for seconds. Nobody waits longer than a moment, and what can not be removed
+    stays for him who next looks at the name, or makes his first block, as if this one was killed.
+    """
+    for own, its in itertools.groupby(sorted(holdings, key=_folder_of), key=_folder_of):
+        with contextlib.suppress(OSError, AllocationError), changing(own, timeout=_MOMENT):
+            for holding in its:
+                _remove_name(holding)
+
+
+def _folder_of(holding: Holding) -> str:
+    return holding.own
+
+
+def _remove_name(holding: Holding) -> bool:
+    """Remove a block's name, and what the dead left, if it still is that block's. With the lock."""
+    if not holding.named:
+        return False
+    os.unlink(f"{holding.own}/names/{holding.name}")
+    if not anyone(holding.own, holding.token):  # nobody looks there again
+        _remove_block(holding.own, holding.token)
+    return True
 
 
 def free_unused(holding: Holding) -> None:

@@ -19,6 +19,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from memdesc.handover import transit
+from memdesc.interop import multiprocessing
+
 _LOOP = """
 import json, os, signal, sys, threading, time
 import memdesc as md
@@ -158,6 +161,13 @@ def wait_until(condition: Callable[[], object], timeout: float = 30) -> None:
     while not condition():
         assert time.monotonic() < end, f"not within {timeout} s: {condition}"
         time.sleep(0.005)
+
+
+def end_holder() -> None:
+    """Have this process keep nothing that is on its way, as before it first sent something."""
+    multiprocessing.forget_in_transit()
+    transit.ways.close()
+    wait_until(lambda: transit.ways.holder is None)
 
 
 @contextmanager

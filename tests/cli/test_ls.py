@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import signal
 import socket
 import tempfile
 import threading
@@ -15,10 +17,10 @@ from typing import Any
 import pytest
 from children import NOBODY, become, in_child, kill, start
 from cli_runs import as_json, check_plain, memdesc, program
-from puppets import Puppet, wait_until
+from puppets import Puppet, end_holder, wait_until
 
 import memdesc as md
-from memdesc.cli import looking, ls
+from memdesc.cli import in_transit, looking, ls
 from memdesc.services import protocol
 from memdesc.services.describing import Inquiry
 
@@ -355,7 +357,37 @@ def test_json_is_one_object(runtime_dir: Path) -> None:
     assert set(json.loads(done.stdout)) == {
         "services",
         "buffers",
+        "in_transit",
         "hidden_tasks",
         "hidden_pids",
         "held_up_pids",
     }
+
+
+def test_handles_on_their_way_are_told_of_who_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def send(ready: int) -> None:
+        md.interop.multiprocessing.limit_in_transit(1 << 20)
+        ours, _theirs = multiprocessing.Pipe()
+        several = md.MultiMemoryDescriptor([md.BufferMemoryDescriptor(100) for _ in range(2)])
+        ours.send([md.BufferMemoryDescriptor(5000), several])
+        os.write(ready, b"r")
+        signal.pause()
+
+    end_holder()  # of the family; then the child is one itself
+    told, ready = os.pipe()
+    pid = start(send, ready)
+    os.close(ready)
+    assert os.read(told, 1) == b"r"
+    os.close(told)
+    (one,) = (one for one in ls.gather()["in_transit"] if one["pid"] == pid)
+    nbytes = 4 * md.page_size
+    assert (one["handles"], one["objects"], one["nbytes"]) == (2, 3, nbytes)
+    assert one["limit"] == 1 << 20
+    shown = memdesc("ls").stdout.split("On their way with ")
+    (line,) = (line for line in shown if line.startswith(f"task {pid} "))
+    assert " ".join(line.split("):")[1].split()).startswith("2 handles, 3 objects, 16")
+    os.kill(pid, signal.SIGSTOP)
+    monkeypatch.setattr(in_transit, "_PATIENCE", 0.05)
+    assert pid not in [one["pid"] for one in ls.gather()["in_transit"]]
+    kill(pid)
+    assert pid not in [one["pid"] for one in ls.gather()["in_transit"]]

@@ -24,7 +24,7 @@ import multiprocessing_children as children
 import numpy as np
 import pytest
 from children import NOBODY, become, finish, in_child, kill, start
-from puppets import count_fds, full_table, memfds_mapped, wait_until
+from puppets import count_fds, end_holder, full_table, memfds_mapped, wait_until
 
 import memdesc as md
 from memdesc.handover import reducers, transit
@@ -180,6 +180,7 @@ def test_a_sender_that_is_killed_loses_nothing(installed: None) -> None:
 
 
 def test_where_the_first_process_did_not_install_the_senders_end_is_told() -> None:
+    end_holder()
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
     with ours, theirs:
@@ -196,6 +197,7 @@ def test_where_the_first_process_did_not_install_the_senders_end_is_told() -> No
 @pytest.mark.slow
 def test_senders_that_have_ended_leave_no_way_to_them() -> None:
     """Where the first process did not install, each sender is a holder, which ends with it."""
+    end_holder()
     context = multiprocessing.get_context("fork")
     before = len(transit.ways._links)
     for _ in range(4):

@@ -19,10 +19,9 @@ from typing import Any
 import multiprocessing_children as children
 import pytest
 from children import finish, in_child, kill, start
-from puppets import count_fds, full_table, wait_until
+from puppets import count_fds, end_holder, full_table
 
 import memdesc as md
-from memdesc.handover import transit
 from memdesc.interop import multiprocessing as handles
 
 RW = md.Access.READ_WRITE
@@ -39,14 +38,9 @@ def no_holder() -> Iterator[None]:
     """At first nobody keeps anything; at the end nothing is on its way."""
     end_holder()
     yield
-    left = handles.forget_in_transit()
+    left = handles.in_transit()
     end_holder()
     assert left == NOTHING
-
-
-def end_holder() -> None:
-    transit.ways.close()
-    wait_until(lambda: transit.ways.holder is None)
 
 
 def travel(value: Any) -> Any:
@@ -287,6 +281,20 @@ def test_a_limit_on_bytes_holds_for_all_of_the_family() -> None:
     for wrong in (0, -1, 1.5):
         with pytest.raises(md.InvalidArgument):
             handles.limit_in_transit(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_what_a_pool_can_not_send_is_the_error_of_the_task() -> None:
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        handles.limit_in_transit(PAGE)
+        try:
+            with pytest.raises(md.LimitError):
+                pool.apply_async(children.turned_over, (buffer(2 * PAGE),)).get(60)
+        finally:
+            handles.limit_in_transit(None)
+        assert len(pool.apply_async(children.turned_over, (buffer(2 * PAGE),)).get(60)) == 2
+        pool.close()
+        pool.join()
 
 
 def test_a_handle_of_several_objects_is_taken_whole_or_not_at_all() -> None:

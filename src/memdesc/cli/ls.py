@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from memdesc.cli import in_transit
 from memdesc.cli.looking import Seen, Watch, sockets
 from memdesc.cli.words import program_of
 from memdesc.services import folder, protocol
@@ -48,6 +49,7 @@ def gather(name: str | None = None) -> dict[str, Any]:
     return {
         "services": told,
         "buffers": _of_no_service(seen, claimed, programs) if name is None else [],
+        "in_transit": in_transit.gather() if name is None else [],
         "hidden_tasks": seen.hidden,
         "hidden_pids": seen.hidden_pids,
         "held_up_pids": seen.held_up_pids,

@@ -37,6 +37,8 @@ class LsScreen(Printer):
             else:
                 self._row(one)
         self._no_service(report["buffers"], long=long)
+        for one in report["in_transit"]:
+            self._in_transit(one)
         if long and report["hidden_tasks"]:
             self._line(hidden(report["hidden_tasks"], report["hidden_pids"]), style="yellow")
         if report["held_up_pids"]:
@@ -135,6 +137,17 @@ class LsScreen(Printer):
         self._line(f"{told}:", style="bold")
         for one in buffers:
             self._buffer(one, None)
+
+    def _in_transit(self, one: dict[str, Any]) -> None:
+        """Tell of what one process keeps for receivers of multiprocessing, if it does."""
+        if one["handles"]:
+            allowed = "" if one["limit"] is None else f" of {amount(one['limit'])}"
+            self._line(
+                f"On their way with task {one['pid']} ({_program(one, 40)}): "
+                f"{count(one['handles'], 'handle')}, {count(one['objects'], 'object')}, "
+                f"{amount(one['nbytes'])}{allowed}",
+                hang=4,
+            )
 
     def _plain(self, text: str, style: str = "") -> None:
         """Print a row as it is."""

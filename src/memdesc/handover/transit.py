@@ -66,17 +66,21 @@ class HolderLike(Protocol):
 
 
 class Link:
-    """The way to the holder of another process."""
+    """The way to the holder of another process: `pid`, as far as this one sees it.
 
-    def __init__(self, address: bytes) -> None:
+    `limit` is what that said last of the bytes that it keeps; None: no limit, or it said nothing.
+    """
+
+    def __init__(self, address: bytes, patience: float | None = None) -> None:
         self.address = address
+        self.limit: int | None = None
         self._lock = lock_for(self)
         self._busy = False
         self._sock = sockets.socket(sockets.AF_UNIX, sockets.SOCK_SEQPACKET)
         try:
-            self._sock.settimeout(PATIENCE)
+            self._sock.settimeout(PATIENCE if patience is None else patience)
             self._sock.connect(address)
-            user = peer_of(self._sock)[1]
+            self.pid, user = peer_of(self._sock)
             if user != os.geteuid():
                 raise AccessDeniedError(
                     f"what keeps the memory belongs to user {user}, this process to user "
@@ -127,6 +131,7 @@ class Link:
             finally:
                 self._busy = False
         self._counts, limit = counts_in(answer)
+        self.limit = limit or None
         if answer[:1] == YES:
             return came
         discard(came)

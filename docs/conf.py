@@ -20,7 +20,7 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"memdesc {release}"
 
-autodoc_mock_imports = ["torch"]  # too large to be installed for its name
+autodoc_mock_imports = ["torch", "dask", "distributed"]  # too large, for their names
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_default_options = {"members": True, "show-inheritance": True}

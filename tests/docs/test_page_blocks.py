@@ -42,6 +42,12 @@ except errors.WiringError as error:
         raise
     sys.exit(f"not allowed: {error}")
 """,
+    "dask": """
+BLOCK 0
+from types import SimpleNamespace
+client = SimpleNamespace(register_plugin=lambda plugin: None)
+BLOCK 1
+""",
     "iokit": """
 from types import SimpleNamespace
 import memdesc

@@ -26,6 +26,7 @@ FACES = [
     "memdesc.errors",
     "memdesc.files",
     "memdesc.interop.arrow",
+    "memdesc.interop.dask",
     "memdesc.interop.multiprocessing",
     "memdesc.interop.shared_memory",
     "memdesc.queues",

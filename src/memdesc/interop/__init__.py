@@ -2,6 +2,7 @@
 
 * `arrays`            NumPy arrays that live in descriptors
 * `arrow`             Arrow tables, read in place by any process
+* `dask`              such arrays, and descriptors, between Dask workers of one host
 * `multiprocessing`   such arrays as handles through Process, Queue, Pipe and Pool
 * `shared_memory`     the interface of `multiprocessing.shared_memory`
 * `torch`             tensors, and batches that workers write where a GPU reads them
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["arrays", "arrow", "multiprocessing"]
 
-_MODULES = ("arrays", "arrow", "multiprocessing", "shared_memory", "torch")
+_MODULES = ("arrays", "arrow", "dask", "multiprocessing", "shared_memory", "torch")
 
 
 def __getattr__(name: str) -> object:

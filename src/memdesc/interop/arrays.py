@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack, final
 
@@ -20,7 +21,9 @@ from memdesc import _core
 from memdesc.descriptors.base import MemoryDescriptor
 from memdesc.descriptors.buffer import BufferMemoryDescriptor
 from memdesc.descriptors.homes import descriptor_of as descriptor_of, home_of
+from memdesc.descriptors.received import ReceivedMemoryDescriptor
 from memdesc.errors import AllocationError, ClosedError, InvalidArgument
+from memdesc.mapping import Extent
 from memdesc.memory.kept import Contents
 from memdesc.memory.lifecycle import State
 from memdesc.memory.page_kinds import PageKind
@@ -66,6 +69,30 @@ class Keeper(_core.Exporter):
 
     def _export(self) -> _core.Window | memoryview:
         return self._window
+
+
+_mapped: weakref.WeakValueDictionary[tuple[Any, ...], Keeper] = weakref.WeakValueDictionary()
+"""By device, inode and access: what of others' memory is mapped here, for their next arrays."""
+
+
+def keeper_of(received: ReceivedMemoryDescriptor) -> tuple[Keeper, int]:
+    """Map what a peer gave, or find it mapped: (what keeps it, where in that the bytes begin)."""
+    if len(received._parts) != 1:
+        return Keeper(received), 0
+    (extent,) = received._parts
+    key = *extent.object.identity, received.max_access
+    keeper = _mapped.get(key)
+    if keeper is not None and not keeper.descriptor.closed:
+        received.close()
+        return keeper, extent.offset
+    # All of the object: its other parts may come, too, and who has one can map the rest.
+    whole = ReceivedMemoryDescriptor(
+        [Extent(extent.object, 0, extent.object.size)],
+        direction=received.direction,
+        name=received.name,
+    )
+    keeper = _mapped[key] = Keeper(whole)
+    return keeper, extent.offset
 
 
 def empty(

@@ -19,7 +19,6 @@ from multiprocessing import current_process, reduction
 from typing import TYPE_CHECKING, Any
 
 from memdesc.descriptors.homes import Home, home_of, span_of
-from memdesc.descriptors.received import ReceivedMemoryDescriptor
 from memdesc.descriptors.sub import SubMemoryDescriptor
 from memdesc.errors import (
     ClosedError,
@@ -30,8 +29,7 @@ from memdesc.errors import (
 )
 from memdesc.handover import reducers, transit
 from memdesc.handover.reducers import Handle, HandleLostError as HandleLostError
-from memdesc.interop.arrays import Keeper, placed
-from memdesc.mapping import Extent
+from memdesc.interop.arrays import keeper_of, placed
 from memdesc.vm.pages import Access, check_length
 
 if TYPE_CHECKING:
@@ -81,8 +79,6 @@ class _Settings:
 
 _settings: _Settings | None = None
 _writable: dict[int, weakref.ref[Array]] = {}
-_mapped: weakref.WeakValueDictionary[tuple[Any, ...], Keeper] = weakref.WeakValueDictionary()
-"""By device, inode and access: what of others' memory is mapped here, for their next arrays."""
 
 
 def install(*, access: Access = Access.READ_ONLY, plain: str = "copy") -> None:
@@ -289,28 +285,8 @@ def _by_value(array: Array) -> Any:
 def _rebuild(handle: tuple[bytes, bytes, bytes], form: Any) -> Array:
     dtype, shape, strides, first = form
     received = reducers.take(Handle(*handle), f"an array of shape {shape} and dtype {dtype}")
-    keeper, start = _keeper_of(received)
+    keeper, start = keeper_of(received)
     return placed(keeper, shape, dtype, offset=start + first, strides=strides)
-
-
-def _keeper_of(received: ReceivedMemoryDescriptor) -> tuple[Keeper, int]:
-    """Map what came, or find it mapped: (what keeps it, where in that the bytes begin)."""
-    if len(received._parts) != 1:
-        return Keeper(received), 0
-    (extent,) = received._parts
-    key = *extent.object.identity, received.max_access
-    keeper = _mapped.get(key)
-    if keeper is not None and not keeper.descriptor.closed:
-        received.close()
-        return keeper, extent.offset
-    # All of the object: its other parts may come, too, and who has one can map the rest.
-    whole = ReceivedMemoryDescriptor(
-        [Extent(extent.object, 0, extent.object.size)],
-        direction=received.direction,
-        name=received.name,
-    )
-    keeper = _mapped[key] = Keeper(whole)
-    return keeper, extent.offset
 
 
 # -- plain pickle ----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import memdesc.interop.arrays as arrays
     import memdesc.interop.arrow as arrow
+    import memdesc.interop.dask as dask
     import memdesc.interop.multiprocessing as multiprocessing
 
 __all__ = ["arrays", "arrow", "multiprocessing"]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import memdesc.interop.dask as dask
     import memdesc.interop.multiprocessing as multiprocessing
 
-__all__ = ["arrays", "arrow", "multiprocessing"]
+__all__ = ["arrays", "arrow", "dask", "multiprocessing"]
 
 _MODULES = ("arrays", "arrow", "dask", "multiprocessing", "shared_memory", "torch")
 

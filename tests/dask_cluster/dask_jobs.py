@@ -257,10 +257,24 @@ def descriptor(kind: str) -> Any:
     before = counts(two, "received")
     pulled = on_two(_described, on_one(_descriptor, kind))
     handles_ = moved(before, "received")
-    if kind == "multi":  # it can be exported as one buffer only where its parts are adjacent
-        return {"pulled": pulled, "handles": handles_}
     pushed = on_two(_described, client.scatter(_descriptor(kind), workers=[two], direct=True))
     return {"pulled": pulled, "pushed": pushed, "handles": handles_}
+
+
+def closed() -> Any:
+    def use(memory: Any) -> str:
+        try:
+            return repr(memory.read_bytes())
+        except md.ClosedError as error:
+            return str(error)
+
+    return on_two(use, on_one(_closed))
+
+
+def _closed() -> Any:
+    memory = _descriptor("buffer")
+    memory.close()
+    return memory
 
 
 def _described(memory: Any) -> Any:

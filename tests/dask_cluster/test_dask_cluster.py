@@ -112,7 +112,11 @@ def test_descriptors_arrive_as_descriptors_either_way(cluster: Cluster, kind: st
     expected = ["ReceivedMemoryDescriptor", length, direction, "READ_ONLY", True, "memory"]
     assert told["handles"] == [1]
     assert told["pulled"] == expected
-    assert told.get("pushed", expected) == expected
+    assert told["pushed"] == expected
+
+
+def test_a_closed_descriptor_is_one_in_the_task_that_gets_it(cluster: Cluster) -> None:
+    assert "was closed" in cluster.ask("closed")
 
 
 def test_managed_memory_counts_what_is_described(cluster: Cluster) -> None:

@@ -253,6 +253,20 @@ def test_what_nobody_comes_for_is_let_go(here: Context, monkeypatch: pytest.Monk
     assert error.value.errno == errno.ENOENT
 
 
+def test_dtypes_that_a_name_does_not_tell_go_as_bytes(here: Context) -> None:
+    handles.copies = handles.Copies()
+    texts: list[Any] = [np.zeros(1 << 16, [("a", "i4"), ("b", "f8")]), np.zeros(1 << 16, "V8")]
+    if hasattr(np.dtypes, "StringDType"):  # NumPy 2
+        texts.append(np.array(["text"] * (1 << 16), np.dtypes.StringDType()))
+    try:
+        for array in texts:
+            header, frames = serialize(array, context=here)
+            assert "memdesc" not in header["sub-header"]
+            assert (deserialize(header, frames) == array).all()
+    finally:
+        handles.copies = None
+
+
 def test_what_says_more_than_it_has_goes_as_bytes(here: Context) -> None:
     """A row of a large array, broadcast: neither the whole of that is kept, nor the rest made."""
     handles.copies = handles.Copies()
@@ -321,6 +335,9 @@ def test_garbage_is_an_error_too(here: Context, frames: list[bytes]) -> None:
     for load in (handles.load_array, handles.load_descriptor):
         with pytest.raises(md.PeerGoneError):
             load({"memdesc": "handle"}, list(frames))
+    for header in ({}, {"memdesc": "bytes"}, {"memdesc": "bytes", "name": "", "direction": 9}):
+        with pytest.raises(md.PeerGoneError):
+            handles.load_descriptor(header, list(frames))
 
 
 def test_what_can_not_be_mapped_is_an_error_and_then_comes_as_bytes(here: Context) -> None:
@@ -355,6 +372,34 @@ def test_a_descriptor_is_received_read_only_as_handle_and_as_bytes(here: Context
                 assert (made.length, made.max_access) == (5000, md.Access.READ_ONLY)
                 with pytest.raises(md.SealedError):
                     made.write_bytes(0, b"x")
+
+
+def test_a_descriptor_in_pieces_and_one_of_another_task_are_bytes() -> None:
+    handles.register()
+    with md.BufferMemoryDescriptor(5000) as buffer, Puppet() as other:
+        buffer.write_bytes(100, b"memory")
+        pieces = md.MultiMemoryDescriptor([md.SubMemoryDescriptor(buffer, 100, 50), buffer])
+        other.do("import ctypes; memory = ctypes.create_string_buffer(b'memory')")
+        task, address = md.Task(other.pid), other.do("ctypes.addressof(memory)")
+        theirs = md.MemoryDescriptor.with_address_range(address, 6, md.Direction.OUT, task=task)
+        for descriptor, length in ((pieces, 5050), (theirs, 6)):
+            with deserialize(*serialize(descriptor)) as made:
+                assert (made.length, made.read_bytes(0, 6)) == (length, b"memory")
+        other.kill()
+        made = deserialize(*serialize(theirs))
+        assert made.closed and "ended" in made.name
+        pieces.close()
+        theirs.close()
+        task.close()
+
+
+def test_a_descriptor_that_was_closed_arrives_closed(here: Context) -> None:
+    buffer = md.BufferMemoryDescriptor(5000, name="frames")
+    buffer.close()
+    made = deserialize(*serialize(buffer, context=here))
+    assert made.name.startswith("frames (")
+    with pytest.raises(md.ClosedError):
+        made.read_bytes()
 
 
 def test_the_accounting_counts_what_is_described() -> None:

@@ -12,7 +12,8 @@ import errno
 import os
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -23,12 +24,12 @@ from memdesc.descriptors.buffer import BufferMemoryDescriptor
 from memdesc.descriptors.homes import home_of, span_of
 from memdesc.descriptors.received import ReceivedMemoryDescriptor
 from memdesc.descriptors.sub import SubMemoryDescriptor
-from memdesc.errors import AllocationError, PeerGoneError
+from memdesc.errors import AllocationError, MappingError, PeerGoneError, ProtocolError
 from memdesc.handover import pack, unpack
 from memdesc.interop.arrays import asarray, keeper_of, placed
 from memdesc.interop.dask.ends import REFUSED, ends
 from memdesc.interop.dask.needed import dask_deserialize, dask_serialize, plain, sizeof
-from memdesc.portable import UNREADABLE, Natural, Portable
+from memdesc.portable import Natural, Portable
 from memdesc.services.arrays import check_form
 from memdesc.vm.pages import Access, Direction
 
@@ -190,10 +191,8 @@ def dump_array(array: Array, context: Mapping[str, Any] | None = None) -> tuple[
 def _array_frame(array: Array, inbox: str) -> bytes | None:
     import numpy as np
 
-    if type(array) is not np.ndarray or array.nbytes < LEAST:
+    if type(array) is not np.ndarray or array.nbytes < LEAST or not _is_plain(array.dtype):
         return None
-    if np.dtype(array.dtype.str) != array.dtype or array.dtype.hasobject:
-        return None  # fields, objects
     home = home_of(array)
     if home is None and copies is not None and 0 not in array.strides:
         try:
@@ -207,6 +206,16 @@ def _array_frame(array: Array, inbox: str) -> bytes | None:
         return None
     part = SubMemoryDescriptor(home.descriptor, home.offset, home.length)
     return _leave(inbox, part, _form(array))
+
+
+def _is_plain(dtype: np.dtype[Any]) -> bool:
+    """Whether its name says all of it: no fields, objects, texts on the heap, other libraries'."""
+    import numpy as np
+
+    try:
+        return dtype.kind in "biufcmMSU" and np.dtype(dtype.str) == dtype
+    except TypeError:
+        return False
 
 
 def _form(array: Array) -> Form:
@@ -224,10 +233,41 @@ def dump_descriptor(
         _count("sent", descriptor.length)
         return {KEY: "handle"}, [frame]
     header = {KEY: "bytes", "name": descriptor.name, "direction": descriptor.direction.value}
-    return header, [memoryview(descriptor).toreadonly()]
+    try:
+        return header, [_bytes_of(descriptor)]
+    except REFUSED as error:
+        # With what is raised here Dask sends an error, for which the recipient waits for ever.
+        return {**header, KEY: "closed", "name": f"{descriptor.name} ({error})"}, []
+
+
+def _bytes_of(descriptor: MemoryDescriptor) -> memoryview | bytes:
+    try:
+        return memoryview(descriptor).toreadonly()
+    except MappingError:  # it is in pieces, or private to another task
+        return descriptor.read_bytes()
 
 
 # -- receiving -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _opening(what: str) -> Iterator[None]:
+    """Say of whatever is the matter with a message that it is lost, as Dask understands it.
+
+    An OSError it takes for a failure of the network: it drops the connection and asks again. With
+    any other, the connection goes back into use while the sender still waits on it, and the task
+    waits for ever (distributed, `Worker.gather_dep`: "this will deadlock the cluster").
+    """
+    try:
+        yield
+    except Exception as error:
+        ends.rest()
+        _count("lost")
+        raise PeerGoneError(
+            f"{what} that was sent to task {os.getpid()} can not be opened here: {error}; asked "
+            "for again, it comes as bytes",
+            errno=getattr(error, "errno", None) or errno.EPROTO,
+        ) from error
 
 
 def load_array(header: Mapping[str, Any], frames: Frames) -> Array:
@@ -236,58 +276,44 @@ def load_array(header: Mapping[str, Any], frames: Frames) -> Array:
 
     if KEY not in header:
         return plain.deserialize_numpy_ndarray(header, frames)  # type: ignore[no-any-return]
-    received, form = _take(frames)
-    try:
+    with _opening("an array"):
+        received, form = _take(frames)
         if form is None:
-            raise ValueError("it is not said how it lies there")
+            raise ProtocolError("it is not said how it lies there", errno=errno.EPROTO)
         keeper, start = keeper_of(received)
         check_form(form.dtype, form.shape)
         dtype, offset = np.dtype(form.dtype), start + form.first
         array = placed(keeper, form.shape, dtype, offset=offset, strides=form.strides)
-    except (OSError, ValueError, TypeError) as error:
-        raise _lost("the array", error) from error
     _count("received", array.nbytes)
     return array
 
 
 def load_descriptor(header: Mapping[str, Any], frames: Frames) -> ReceivedMemoryDescriptor:
     """Make a descriptor of what came: read-only, whether it came as a handle or as bytes."""
-    if header.get(KEY) == "handle":
+    with _opening("a descriptor"):
+        if header[KEY] != "handle":
+            return _received(header, frames)
         received, _ = _take(frames)
-        _count("received", received.length)
-        return received
-    (data,) = frames
-    direction = Direction(header["direction"])
-    with BufferMemoryDescriptor(
-        memoryview(data).nbytes, direction=direction, name=str(header["name"])
-    ) as buffer:
-        buffer.write_bytes(0, data)
-        return unpack(*pack(buffer, Access.READ_ONLY, enforced=True, user=os.geteuid()))
+    _count("received", received.length)
+    return received
 
 
 def _take(frames: Frames) -> tuple[ReceivedMemoryDescriptor, Form | None]:
-    try:
-        (frame,) = frames
-        handle = msgspec.msgpack.decode(frame, type=Handle)
-        fds = ends.take(handle.token)
-        return unpack(handle.portable, fds), handle.form
-    except (OSError, *UNREADABLE, ValueError) as error:
-        raise _lost("it", error) from error
+    (frame,) = frames
+    handle = msgspec.msgpack.decode(frame, type=Handle)
+    return unpack(handle.portable, ends.take(handle.token)), handle.form
 
 
-def _lost(what: str, error: Exception) -> PeerGoneError:
-    """Say that a handle can not be opened, as Dask understands it.
-
-    An OSError it takes for a failure of the network: it drops the connection and asks again. With
-    any other the connection, on which the sender still waits, would go back into use.
-    """
-    ends.rest()
-    _count("lost")
-    return PeerGoneError(
-        f"what came as a handle can not be opened here: {what} is lost ({error}); asked for again, "
-        "it comes as bytes",
-        errno=getattr(error, "errno", None) or errno.EPROTO,
-    )
+def _received(header: Mapping[str, Any], frames: Frames) -> ReceivedMemoryDescriptor:
+    """Make a descriptor of bytes; a closed one of one that could not be read."""
+    data = memoryview(frames[0] if header[KEY] == "bytes" else b"\0")
+    name, direction = str(header["name"]), Direction(header["direction"])
+    with BufferMemoryDescriptor(data.nbytes, direction=direction, name=name) as buffer:
+        buffer.write_bytes(0, data)
+        received = unpack(*pack(buffer, Access.READ_ONLY, enforced=True, user=os.geteuid()))
+    if header[KEY] != "bytes":
+        received.close()
+    return received
 
 
 # -- registration ----------------------------------------------------------------------------------

@@ -460,7 +460,7 @@ def test_connecting_without_a_thread_fails_each_time(
     service: md.Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(thread: threading.Thread) -> None:
-        if thread.name == "memdesc-connect":
+        if thread.name == "memdesc-wait":
             raise RuntimeError("can't start new thread")
         start(thread)
 
@@ -486,7 +486,7 @@ def test_a_cancelled_connect_leaves_nothing(service: md.Service) -> None:
         connecting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await connecting
-        while any("memdesc-connect" in one.name for one in threading.enumerate()):
+        while any("memdesc-wait" in one.name for one in threading.enumerate()):
             await asyncio.sleep(0.001)
         await asyncio.sleep(0)
 

@@ -26,6 +26,24 @@ with memdesc.Service("trades") as service:
 assert trades.num_rows == 2
 BLOCK 1
 """,
+    "asyncio": """
+import asyncio
+from types import SimpleNamespace
+import memdesc as md
+from memdesc.queues import notification_pair
+from memdesc.vm.awaiting import readable
+# Trio is not among what the tests need: asyncio waits for the number in its place.
+trio = SimpleNamespace(lowlevel=SimpleNamespace(wait_readable=lambda fd: readable(lambda: fd)))
+BLOCK 0
+async def main():
+    notify, listen = notification_pair()
+    memory = md.create_data_queue(4096)
+    producer = md.Producer(memory, notify=notify)
+    asyncio.get_running_loop().call_later(0.01, producer.enqueue, b"late")
+    async for entry in entries(md.Consumer(memory, listen=listen)):
+        return entry
+assert asyncio.run(main()) == b"late"
+""",
     "dma": """
 import sys
 from memdesc import SegmentError, SegmentReason, errors

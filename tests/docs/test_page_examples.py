@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 EXAMPLES = {  # pages, and how many examples each has at least
     "arrays": 27,
+    "asyncio": 6,
     "calls": 11,
     "direct-file": 9,
     "events": 11,

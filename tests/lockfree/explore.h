@@ -212,6 +212,8 @@ static __attribute__((unused)) long hook_futex(const char *where, volatile void 
 static __attribute__((unused)) long hook_send(const char *where, int fd) {
     uintptr_t at = (uintptr_t)world.shared + (uintptr_t)fd;
     stop_before(where, "send", 1);
+    if (mutated(where, "send"))
+        return 1;
     raw_store(at, 4, 1);
     for (int i = 0; i < world.count; i++)
         if (world.threads[i].asleep_on == at)

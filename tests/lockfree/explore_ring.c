@@ -11,7 +11,7 @@
 
 static struct plan {
     int capacity, entries, batch; /* the producer publishes and the consumer drops so many at once */
-    int listens;                  /* the consumer waits on its socket, as a loop does */
+    int listens; /* on its socket, as a loop does, waits: 1: the consumer, 2: the producer */
     int wait_for;                 /* entries that the consumer waits for at first */
     int leaves_after;             /* entries after which the consumer closes; 0: never */
 } plan;
@@ -21,8 +21,13 @@ static struct plan {
 #define RINGS ((struct md_ring *)(void *)world.private)
 #define TAKEN (*(int *)(void *)(world.private + 512))
 #define PUT (*(int *)(void *)(world.private + 516))
-enum { ENTRY = 16, SOCKET = SHARED - 8 };
+enum { ENTRY = 16 };
 _Static_assert(2 * sizeof(struct md_ring_side) <= 128 && 2 * sizeof(struct md_ring) <= 512, "room");
+
+static int listens(const struct md_ring *ring) { return plan.listens == (ring->producer ? 2 : 1); }
+
+/* On which an end waits. */
+static int socket_of(const struct md_ring *ring) { return SHARED - 8 + (ring->producer ? 4 : 0); }
 
 static void begin(void) {
     area_at = (uintptr_t)DATA;
@@ -34,7 +39,7 @@ static void begin(void) {
         ring->theirs = &SIDES[1 - i];
         ring->data = DATA;
         ring->capacity = (uint64_t)plan.capacity;
-        ring->bell_fd = i == 0 && plan.listens ? SOCKET : -1;
+        ring->bell_fd = plan.listens ? socket_of(&RINGS[1 - i]) : -1;
         ring->entry = MD_RING_NONE;
     }
     /* Near a value where a counter of 32 bits would begin anew. */
@@ -52,8 +57,14 @@ static void wait_until(struct md_ring *ring, uint64_t wanted) {
     ring->sleeps = 0;
 }
 
+/* As RingProducer.put. */
 static int put(struct md_ring *ring, int number) {
     int rc = md_ring_room(ring, 8);
+    if (rc == 0 && listens(ring)) {
+        hook_clear(socket_of(ring));
+        md_want(&ring->mine->wanted, ring->position + ENTRY - ring->capacity);
+        rc = md_ring_ended(ring) ? 0 : md_ring_room(ring, 8);
+    }
     CHECK(rc >= 0, "the producer found %d", rc);
     if (rc == 0)
         return 0;
@@ -65,6 +76,8 @@ static int put(struct md_ring *ring, int number) {
 
 static void producer(void) {
     struct md_ring *ring = &RINGS[0];
+    if (listens(ring))
+        md_ring_listen(ring);
     for (int next = 0; next < plan.entries && !md_ring_ended(ring);) {
         int last = next + plan.batch < plan.entries ? next + plan.batch : plan.entries;
         int first = next;
@@ -73,7 +86,9 @@ static void producer(void) {
         PUT = next;
         md_ring_publish(ring);
         ring->rung = 0;
-        if (next == first)
+        if (next == first && listens(ring) && !md_ring_ended(ring))
+            hook_poll(socket_of(ring));
+        else if (next == first)
             wait_until(ring, ring->position + ENTRY - ring->capacity);
     }
     md_ring_close(ring);
@@ -84,8 +99,8 @@ static void producer(void) {
 static int find(struct md_ring *ring) {
     int ended = md_ring_ended(ring);
     int rc = md_ring_next(ring);
-    if (rc == 0 && plan.listens && !ended) {
-        hook_clear(SOCKET);
+    if (rc == 0 && listens(ring) && !ended) {
+        hook_clear(socket_of(ring));
         md_want(&ring->mine->wanted, ring->position + 8);
         ended = md_ring_ended(ring);
         rc = md_ring_next(ring);
@@ -97,6 +112,8 @@ static int find(struct md_ring *ring) {
 static void consumer(void) {
     struct md_ring *ring = &RINGS[1];
     int held = 0, rc;
+    if (listens(ring))
+        md_ring_listen(ring);
     if (plan.wait_for)
         wait_until(ring, ring->position + (uint64_t)plan.wait_for * ENTRY);
     while ((rc = find(ring)) >= 0 && (!plan.leaves_after || TAKEN < plan.leaves_after)) {
@@ -114,8 +131,8 @@ static void consumer(void) {
         held = 0;
         md_ring_publish(ring);
         ring->rung = 0;
-        if (rc == 0 && plan.listens)
-            hook_poll(SOCKET);
+        if (rc == 0 && listens(ring))
+            hook_poll(socket_of(ring));
         else if (rc == 0)
             wait_until(ring, ring->position + 1);
     }
@@ -137,12 +154,15 @@ static const struct {
     {"a batch of two, one more, room for two", 0, {32, 3, 2, 0, 0, 0}},
     {"the consumer waits for two", 0, {32, 2, 1, 0, 2, 0}},
     {"the consumer listens on a socket", 0, {32, 2, 1, 1, 0, 0}},
+    {"the producer listens on a socket", 0, {16, 2, 1, 2, 0, 0}},
+    {"the consumer leaves while the producer listens", 0, {16, 3, 1, 2, 0, 1}},
     {"the consumer leaves while the producer waits", 0, {16, 3, 1, 0, 0, 1}},
     {"six entries through room for one", 1, {16, 6, 1, 0, 0, 0}},
     {"six entries through room for two", 1, {32, 6, 1, 0, 0, 0}},
     {"seven entries, batches of two, room for three", 1, {48, 7, 2, 0, 0, 0}},
     {"nine entries, batches of three, room for four", 1, {64, 9, 3, 0, 0, 0}},
     {"six entries, the consumer listens", 1, {32, 6, 1, 1, 0, 0}},
+    {"five entries, the producer listens", 1, {32, 5, 1, 2, 0, 0}},
     {"the consumer waits for four, and leaves after five of seven", 1, {64, 7, 1, 0, 4, 5}},
 };
 

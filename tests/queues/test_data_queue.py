@@ -263,7 +263,7 @@ def test_a_dropped_end_rings_only_at_its_own_socket(memory: md.BufferMemoryDescr
             if self.own.fileno() >= 0:
                 self.take()
 
-    with notify, listen, mine, others:
+    with notify, listen, mine, others, md.Consumer(memory, listen=listen):
         producer = md.Producer(memory, notify=notify)
         producer._socket = Reused(producer._socket)  # type: ignore[assignment]
         number = producer._socket.number
@@ -272,6 +272,7 @@ def test_a_dropped_end_rings_only_at_its_own_socket(memory: md.BufferMemoryDescr
         others.setblocking(False)
         with pytest.raises(BlockingIOError):
             others.recv(1)
+        listen.settimeout(10)
         assert listen.recv(1) == b"\0"
 
 

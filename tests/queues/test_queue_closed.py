@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import memdesc as md
-from memdesc.queues import data_queue, notification_pair
+from memdesc.queues import notification_pair, waiting
 from memdesc.queues.notify import clear
 
 
@@ -27,7 +27,7 @@ def test_a_consumer_that_is_closed_while_it_looks(monkeypatch):
         memory.close()
         return clear(sock)
 
-    monkeypatch.setattr(data_queue, "clear", close_it)
+    monkeypatch.setattr(waiting, "clear", close_it)
     with pytest.raises(md.ClosedError):
         consumer.try_dequeue()
     notify.close()

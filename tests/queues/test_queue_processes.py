@@ -311,6 +311,7 @@ def test_a_consumer_that_never_reads_its_socket_holds_nobody_up(
     notify, listen = pair
     notify.setblocking(True)
     with md.Producer(memory, notify=notify) as producer, md.Consumer(memory) as consumer:
+        consumer._listen()
         for number in range(2000):
             consumer._want(number * 8 + 1)
             producer.enqueue(b"")

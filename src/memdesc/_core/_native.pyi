@@ -248,7 +248,8 @@ class ElementList:
 
 class RingEnd:
     """One end of a ring in shared memory. What goes wrong is the subclass's: `_closed`, `_broke`
-    and `_ended` raise. So is what a timeout means: `_deadline` makes a deadline of it.
+    and `_ended` raise. So is what a timeout means: `_deadline` makes a deadline of it. And the
+    socket: `_clear` reads it empty, `_wake` has all who wait for it look again.
     """
 
     def _begin(
@@ -257,7 +258,7 @@ class RingEnd:
         """Once, before anything else; False where the memory is no ring's, or says nonsense.
 
         The window: the producer's page, the consumer's page, and the data area twice in a row.
-        `bell_fd`: a socket to which a byte goes with every waking of the other end; -1: none.
+        `bell_fd`: a socket to which a byte goes with every waking of an end that listens; -1: none.
         """
 
     _spin: int  # nanoseconds that a call spins where it has to wait
@@ -281,6 +282,9 @@ class RingEnd:
 
     def _look(self) -> tuple[int, int, bool]:
         """My position, the other's, and whether it has ended: read now."""
+
+    def _listen(self) -> None:
+        """From here on ask for a waking, after `_clear`, whenever there is no entry, or no room."""
 
     def _set_gone(self) -> None:
         """Have the other end be known as ended."""
@@ -306,7 +310,7 @@ class RingProducer(RingEnd):
         """Put entries from the number `start` on, as many as fit, published in a few steps."""
 
 class RingConsumer(RingEnd):
-    """Base of `Consumer`: its fast half. `_dequeue`, `_clear`, `_too_small` and `_nothing_shown`
+    """Base of `Consumer`: its fast half. `_dequeue`, `_too_small` and `_nothing_shown`
     are the subclass's.
     """
 
@@ -324,9 +328,6 @@ class RingConsumer(RingEnd):
 
     def _forget(self) -> None:
         """End the view that `_view` gave; its entry stays."""
-
-    def _listen(self) -> None:
-        """From here on ask for a waking, after `_clear`, whenever the queue is found empty."""
 
 @final
 class Uring:

@@ -75,6 +75,8 @@ cdef class StreamSubscriber:
             md_taker_want(&of.taker)
             ended = md_taker_ended(&of.taker) or of.taker.gone
             rc = md_taker_take(&of.taker, &taken)
+            if rc == 1:
+                self._wake()  # that it came was told meanwhile, perhaps, and cleared
         for attempt in range(1000):
             if rc != -C_EAGAIN:
                 break

@@ -31,6 +31,7 @@ struct md_ring_side {
     _Atomic uint32_t bell;     /* futex: changes when I wake the other */
     _Atomic uint32_t closed;   /* not 0: I am done */
     uint64_t magic;            /* in the producer's page, by who makes the ring */
+    _Atomic uint32_t listens;  /* not 0: an event loop waits for me: wake me by the socket too */
 };
 _Static_assert(sizeof(struct md_ring_side) <= 64, "one cache line");
 
@@ -45,7 +46,7 @@ struct md_ring {
     uint64_t entry;      /* size of the entry at the consumer's position, once read */
     int producer;
     int broken;
-    int bell_fd; /* socket that is also told of a waking; -1: none */
+    int bell_fd; /* socket that is told of a waking too, if the other listens; -1: none */
     _Atomic int gone; /* the other is known to have ended, or I was closed */
     uint64_t entries, bytes, rung, sleeps;
 };
@@ -98,8 +99,14 @@ static inline struct md_wait md_ring_wait(struct md_ring *ring) {
 
 /* Wake the other. */
 static inline void md_ring_wake(struct md_ring *ring) {
+    uint32_t listens = atomic_load_explicit(&ring->theirs->listens, memory_order_relaxed);
     ring->rung++;
-    md_wake(&ring->mine->bell, ring->bell_fd);
+    md_wake(&ring->mine->bell, listens ? ring->bell_fd : -1);
+}
+
+/* From here on be woken by the socket too. Before md_want, whose fence is this one's. */
+static inline void md_ring_listen(struct md_ring *ring) {
+    atomic_store_explicit(&ring->mine->listens, 1, memory_order_relaxed);
 }
 
 /* Tell the other where I am, and wake it if it waits for that. */

@@ -35,6 +35,7 @@ cdef extern from "ring.h" nogil:
     int md_ring_look(md_ring *)
     int md_ring_ended(md_ring *)
     void md_ring_publish(md_ring *)
+    void md_ring_listen(md_ring *)
     void md_ring_close(md_ring *)
     void md_ring_stop(md_ring *)
     int md_ring_room(md_ring *, uint64_t)
@@ -49,10 +50,11 @@ cdef extern from "ring.h" nogil:
     size_t C_BELL "offsetof(struct md_ring_side, bell)"
     size_t C_CLOSED "offsetof(struct md_ring_side, closed)"
     size_t C_MAGIC "offsetof(struct md_ring_side, magic)"
+    size_t C_LISTENS "offsetof(struct md_ring_side, listens)"
 
 RING_MAGIC = MD_RING_MAGIC
 RING_OFFSETS = {"position": C_POSITION, "wanted": C_WANTED, "bell": C_BELL, "closed": C_CLOSED,
-                "magic": C_MAGIC}
+                "magic": C_MAGIC, "listens": C_LISTENS}
 
 
 cdef enum:
@@ -76,6 +78,7 @@ cdef class RingEnd:
     cdef int state
     cdef int inside    # threads that are in the memory without the GIL
     cdef bint copying
+    cdef bint listens  # a loop waits on a socket: ask for a waking whenever there is nothing
     cdef uint64_t waits
     cdef public uint64_t _spin  # ns
     cdef int rest, rests  # waits yet to come that do not spin; how many they were at first
@@ -212,6 +215,12 @@ cdef class RingEnd:
             self.fail()
         return self.ring.published, self.ring.limit, ended
 
+    def _listen(self):
+        """From here on ask for a waking, after `_clear`, whenever there is no entry, or no room."""
+        self.ready()
+        md_ring_listen(&self.ring)
+        self.listens = True
+
     def _set_gone(self):
         """Have the other end be known as ended."""
         if self.state == OPEN:
@@ -263,9 +272,11 @@ cdef class RingProducer(RingEnd):
             if rc < 0:
                 self.fail()
             if rc == 0:
-                self.wanted = (self.ring.position + md_ring_extent(view.len)
-                               - self.ring.capacity)
-                return 0
+                if self.listens:
+                    rc = self.ask(view.len)
+                if rc == 0:
+                    self.want_room(view.len)
+                    return 0
             self.copy(md_ring_target(&self.ring), view.buf, view.len)
             if self.state == OPEN:  # not closed by another thread during a long copy
                 md_ring_put(&self.ring, view.len)
@@ -274,6 +285,25 @@ cdef class RingProducer(RingEnd):
         finally:
             PyBuffer_Release(&view)
         return 1
+
+    cdef int ask(self, uint64_t nbytes) except -1:
+        """Ask for a waking when there is room; look again: 1, or 0."""
+        cdef int rc
+        self._clear()
+        self.ready()  # another thread may have closed it meanwhile, or put something
+        self.want_room(nbytes)
+        md_want(&self.ring.mine.wanted, self.wanted)
+        if md_ring_ended(&self.ring):
+            self.finish()
+        rc = md_ring_room(&self.ring, nbytes)
+        if rc < 0:
+            self.fail()
+        if rc:
+            self._wake()  # what others wait for was written over, and perhaps told meanwhile
+        return rc
+
+    cdef void want_room(self, uint64_t nbytes):
+        self.wanted = self.ring.position + md_ring_extent(nbytes) - self.ring.capacity
 
     cdef int begin_put(self) except -1:
         self.ready()
@@ -354,7 +384,6 @@ cdef class RingConsumer(RingEnd):
 
     cdef Window window  # on the entry that peek() shows; None where it shows none
     cdef object view    # the last view of it that was given
-    cdef bint listens   # a loop waits on a socket: ask for a waking whenever the queue is empty
 
     cdef int begin_take(self) except -1:
         """Find an entry: 1, or 0 where the queue is empty."""
@@ -370,6 +399,8 @@ cdef class RingConsumer(RingEnd):
             self._want(self.ring.position + 8)
             ended = md_ring_ended(&self.ring)
             rc = md_ring_next(&self.ring)
+            if rc == 1:
+                self._wake()  # that it came was told meanwhile, perhaps, and cleared
         if rc < 0:
             self.fail()
         if rc == 0 and ended:
@@ -524,6 +555,3 @@ cdef class RingConsumer(RingEnd):
                               "delete them first; they would show later entries")
         self.window = None
 
-    def _listen(self):
-        """From here on ask for a waking, after `_clear`, whenever the queue is found empty."""
-        self.listens = True

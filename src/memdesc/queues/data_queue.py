@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import TYPE_CHECKING, NoReturn, final
 
 from memdesc import _core
@@ -15,8 +15,8 @@ from memdesc.descriptors.base import MemoryDescriptor
 from memdesc.descriptors.buffer import BufferMemoryDescriptor
 from memdesc.errors import InvalidArgument, PeerGoneError, RangeError
 from memdesc.queues.layout import ENTRY_HEADER, MAX_CAPACITY, entry_extent, memory_for
-from memdesc.queues.notify import clear
 from memdesc.queues.waiting import SPIN, End, deadline_of
+from memdesc.vm.awaiting import until
 from memdesc.vm.pages import Access, check_length
 from memdesc.vm.task import Task
 
@@ -90,7 +90,7 @@ class Producer(_core.RingProducer, End):
         The consumer's: a wait then notices within 0.25 s that it has ended. Without it only the
         time given ends a wait for a consumer that was killed.
     notify : socket, optional
-        The producer's of `notification_pair`; duplicated.
+        The producer's of `notification_pair`; duplicated. By it event loops wait, at both ends.
     spin : float
         Seconds to spin before sleeping, where a call waits; 0 for never. Others may run every
         microsecond; the next waits do not spin where another program then kept the CPU for long.
@@ -128,7 +128,7 @@ class Producer(_core.RingProducer, End):
         notify: sockets.socket | None = None,
         spin: float = SPIN,
     ) -> None:
-        self._open(descriptor, peer, notify, spin, rings=True)
+        self._open(descriptor, peer, notify, spin, produces=True)
         self.largest = self.capacity - ENTRY_HEADER
 
     @property
@@ -173,13 +173,56 @@ class Producer(_core.RingProducer, End):
         if not 0 <= nbytes <= self.largest:
             self._too_large(nbytes)
         deadline = deadline_of(timeout)
-        while True:
-            if self._look()[2]:
-                self._ended()
-            if self.free >= nbytes:
-                return True
+        while not self._has_room(nbytes):
             if not self._wait(nbytes, deadline):
                 return False
+        return True
+
+    async def wait_async(self, nbytes: int = 0, timeout: float | None = None) -> bool:
+        """As `wait`, for asyncio. The producer must have been made with `notify`."""
+        if not 0 <= nbytes <= self.largest:
+            self._too_large(nbytes)
+        return await self._wait_async(
+            lambda: self._has_room(nbytes), lambda: self._wanted(nbytes), timeout
+        )
+
+    def _has_room(self, nbytes: int) -> bool:
+        if self._look()[2]:
+            self._ended()
+        return self.free >= nbytes
+
+    async def enqueue_async(self, data: Buffer, timeout: float | None = None) -> None:
+        """As `enqueue`, for asyncio. Cancelled, it has put nothing in.
+
+        Raises
+        ------
+        InvalidArgument
+            There is no room now, and the producer was made without `notify` (EINVAL).
+        TimedOutError, RangeError, PeerGoneError, ProtocolError, ClosedError
+            As `enqueue`.
+        """
+        nbytes = memoryview(data).nbytes
+        await until(
+            lambda: self.try_enqueue(data) or None,
+            self._awaited,
+            timeout,
+            lambda: self._timed_out(timeout, f"no room for {nbytes:,} bytes"),
+        )
+
+    def fileno(self) -> int:
+        """Give the socket that an event loop waits on; for `select` and `loop.add_reader`.
+
+        It becomes readable when there is room for the entry that last found none, and stays so
+        until a call finds no room again. So try (`try_enqueue`) once more before the first wait. It
+        is readable too when the consumer closes its end or is killed.
+
+        Raises
+        ------
+        InvalidArgument
+            The producer was made without `notify`.
+        ClosedError
+        """
+        return self._socket_fileno()
 
     def _wait(self, nbytes: int, deadline: float | None) -> bool:
         """Wait until the consumer is so far that there is room, or has ended."""
@@ -247,9 +290,9 @@ class Consumer(_core.RingConsumer, End):
         listen: sockets.socket | None = None,
         spin: float = SPIN,
     ) -> None:
-        self._open(descriptor, peer, listen, spin, rings=False)
+        self._open(descriptor, peer, listen, spin, produces=False)
         if self._socket is not None:
-            self._listen()
+            self.fileno()
 
     @property
     def used(self) -> int:
@@ -308,12 +351,15 @@ class Consumer(_core.RingConsumer, End):
         PeerGoneError, ProtocolError, ClosedError
         """
         deadline = deadline_of(timeout)
-        while not self.used:
-            if self._look()[2] and not self.used:
-                self._ended()
+        while not self._has_entry():
             if not self._wait(deadline):
                 return False
         return True
+
+    def _has_entry(self) -> bool:
+        if not self.used and self._look()[2] and not self.used:
+            self._ended()
+        return self.used > 0
 
     def fileno(self) -> int:
         """Give the socket that an event loop waits on; for `select` and `loop.add_reader`.
@@ -326,12 +372,41 @@ class Consumer(_core.RingConsumer, End):
         ------
         InvalidArgument
             The consumer was made without `listen`.
+        ClosedError
         """
-        if self._socket is None:
-            raise InvalidArgument(
-                f"consumer of {self.name!r} has no socket: make it with listen=", errno=errno.EINVAL
-            )
-        return self._socket.fileno()
+        return self._socket_fileno()
+
+    async def dequeue_async(self, timeout: float | None = None) -> bytes:
+        """As `dequeue`, for asyncio. Cancelled, it has taken nothing out.
+
+        Raises
+        ------
+        InvalidArgument
+            There is no entry now, and the consumer was made without `listen` (EINVAL).
+        TimedOutError, PeerGoneError, ProtocolError, ClosedError, BufferError
+            As `dequeue`.
+        """
+        return await until(
+            self.try_dequeue, self._awaited, timeout, lambda: self._timed_out(timeout, "no entry")
+        )
+
+    async def wait_async(self, timeout: float | None = None) -> bool:
+        """As `wait`, for asyncio. The consumer must have been made with `listen`.
+
+        The calls that have no twin (`dequeue_many`, `dequeue_into`, `peek`) follow it, with
+        ``timeout=0``.
+        """
+        return await self._wait_async(self._has_entry, lambda: self._look()[0] + 1, timeout)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while True:
+            try:
+                entry = await self.dequeue_async()
+            except PeerGoneError as error:
+                if error.errno == errno.EPIPE:
+                    return
+                raise
+            yield entry
 
     def __iter__(self) -> Iterator[bytes]:
         while True:
@@ -357,10 +432,6 @@ class Consumer(_core.RingConsumer, End):
             if entry is not None:
                 return entry
         raise self._timed_out(timeout, "no entry")
-
-    def _clear(self) -> None:
-        if self._socket is not None and not clear(self._socket):
-            self.peer_gone()
 
     def _too_small(self, nbytes: int, room: int) -> NoReturn:
         raise RangeError(

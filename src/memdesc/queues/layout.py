@@ -11,6 +11,7 @@ the data area. What an end reads it reads once, checks, and then uses the copy.
 | both | 16     | bell     | u32  | its end    | other    | sequential; futex                   |
 | both | 20     | closed   | u32  | its end    | other    | sequential; acquire                 |
 | 1st  | 24     | magic    | u64  | creator    | both     | before the queue is handed over     |
+| both | 32     | listens  | u32  | its end    | other    | before `wanted`                     |
 
 * `position`: bytes put in (the producer's, "tail") or taken out (the consumer's, "head") since the
   queue was made: a multiple of 8 that only grows. A byte lies at its position modulo the capacity.
@@ -18,6 +19,8 @@ the data area. What an end reads it reads once, checks, and then uses the copy.
 * `wanted`: the position of the other end whose crossing is to wake this one; 0 for none.
 * `bell`: another value each time that this end wakes the other, who sleeps on it.
 * `closed`: not 0 once this end is done.
+* `listens`: not 0 once an event loop has waited for this end: whoever wakes it then sends a byte to
+  its socket too.
 * An entry: its size (u64), its bytes, and up to 7 bytes that mean nothing, so that the next one
   lies on a multiple of 8. An entry that begins near the end of the area goes on at its start: both
   ends map the area twice in a row, and see each entry in one piece.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, Self
 
@@ -13,8 +14,9 @@ from memdesc.descriptors.multi import MultiMemoryDescriptor
 from memdesc.descriptors.sub import SubMemoryDescriptor
 from memdesc.errors import ClosedError, InvalidArgument, PeerGoneError, ProtocolError, TimedOutError
 from memdesc.queues.layout import CONTROL, MAX_CAPACITY
-from memdesc.queues.notify import own_socket
+from memdesc.queues.notify import clear, own_socket
 from memdesc.vm import tracing
+from memdesc.vm.awaiting import Sleepers, happens, readable
 from memdesc.vm.forks import lock_for, tell_child
 from memdesc.vm.pages import Access, page_size
 from memdesc.vm.task import Task, check_task
@@ -74,9 +76,9 @@ class End(_core.RingEnd):
         socket: sockets.socket | None,
         spin: float,
         *,
-        rings: bool,
+        produces: bool,
     ) -> None:
-        """Map the queue; called once. `rings`: this end is the producer, who rings the socket."""
+        """Map the queue; called once."""
         check_descriptor(descriptor, "descriptor")
         if peer is not None:
             check_task(peer)
@@ -87,10 +89,12 @@ class End(_core.RingEnd):
         self._descriptor, self._peer, self._spin = descriptor, peer, int(spin * 1e9)
         self._died = False
         self._lock = lock_for(self)
+        self._sleepers = Sleepers()
+        self._listening = False
         window = _map(descriptor, self.capacity)
         self._socket = own_socket(socket)
-        fd = self._socket.fileno() if rings and self._socket is not None else -1
-        if not self._begin(window, page_size, self.capacity, rings, fd):
+        fd = -1 if self._socket is None else self._socket.fileno()
+        if not self._begin(window, page_size, self.capacity, produces, fd):
             if self._socket is not None:
                 self._socket.close()
             raise ProtocolError(
@@ -117,6 +121,7 @@ class End(_core.RingEnd):
         if self._socket is not None:
             self._socket.close()
         self._keeps = None
+        self._wake()
 
     def peer_gone(self) -> None:
         """Say that the other end's task has ended, as whoever knows it saw: a socket, a pidfd.
@@ -126,6 +131,7 @@ class End(_core.RingEnd):
         """
         self._died = True
         self._set_gone()
+        self._wake()
 
     def statistics(self) -> QueueStatistics:
         """Tell what this end did."""
@@ -161,13 +167,71 @@ class End(_core.RingEnd):
             return False
         try:
             while limit := _GLANCE_NS if deadline is None else _part_of(deadline):
-                if self._sleep(wanted, limit):
+                reached = self._sleep(wanted, limit)
+                self._wake()  # an end has one wish at a time, which was this thread's
+                if reached:
                     return True
                 if self._peer is not None and not self._peer.alive:
                     self.peer_gone()
             return False
         finally:
             lock.release()
+
+    def _socket_fileno(self) -> int:
+        """Give the number of the socket, by which the other end wakes an event loop from here on.
+
+        Raises
+        ------
+        InvalidArgument
+            This end was made without a socket.
+        ClosedError
+        """
+        if self.closed:
+            self._closed()
+        if self._socket is None:
+            raise InvalidArgument(
+                f"this end of queue {self.name!r} has no socket for an event loop to wait on: make "
+                "it with one of notification_pair()",
+                errno=errno.EINVAL,
+            )
+        self._listen()
+        self._listening = True
+        return self._socket.fileno()
+
+    async def _awaited(self) -> None:
+        """Wait in an event loop until there may be something to do, or this end was closed."""
+        if self._listening:
+            await readable(self._socket_fileno, self._sleepers)
+        else:  # what was looked for has not been asked for yet
+            self._socket_fileno()
+
+    async def _wait_async(
+        self, there: Callable[[], bool], wanted: Callable[[], int], timeout: float | None
+    ) -> bool:
+        """Wait in an event loop until something is there, or ask for that position; False: time."""
+
+        def look() -> bool:
+            if there():
+                return True
+            self._clear()
+            self._want(wanted())
+            if not there():
+                return False
+            self._wake()  # that it came was told meanwhile, perhaps, and cleared
+            return True
+
+        return await happens(look, self._awaited, timeout)
+
+    def _clear(self) -> None:
+        """Read the socket empty, before asking for another byte."""
+        over = self._socket is not None and not clear(self._socket)
+        if over and not self._look()[2]:  # who closed its end said so before its socket went
+            self.peer_gone()
+
+    def _wake(self) -> None:
+        """Have all who await look again."""
+        if self._sleepers:
+            self._sleepers.wake()
 
     @staticmethod
     def _deadline(timeout: float) -> float:

@@ -8,7 +8,6 @@ import os
 import resource
 import socket as sockets
 import threading
-import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -149,18 +148,25 @@ class Accepting:
         ------
         TimedOutError, ClosedError
         """
-        until = None if timeout is None else time.monotonic() + timeout
-        with self._joining:
-            while not self._unseen:
-                self._check_open()
-                left = None if until is None else until - time.monotonic()
-                if left is not None and left <= 0:
-                    raise TimedOutError(
-                        f"no client connected to service {self.name!r} within {timeout} s",
-                        errno=errno.ETIMEDOUT,
-                    )
-                self._joining.wait(left)
+        return self._joining.wait_for(self._next_client, timeout, lambda: self._no_client(timeout))
+
+    async def wait_client_async(self, timeout: float | None = None) -> UserClient:
+        """As `wait_client`, for asyncio; cancelling it loses no client."""
+        return await self._joining.wait_for_async(
+            self._next_client, timeout, lambda: self._no_client(timeout)
+        )
+
+    def _next_client(self) -> UserClient | None:
+        if self._unseen:
             return cast("UserClient", self._unseen.pop(0))
+        self._check_open()
+        return None
+
+    def _no_client(self, timeout: float | None) -> TimedOutError:
+        return TimedOutError(
+            f"no client connected to service {self.name!r} within {timeout} s",
+            errno=errno.ETIMEDOUT,
+        )
 
     def watch_clients(self, watcher: Callable[[UserClient, bool], object] | None) -> None:
         """Have `watcher(client, joined)` called for each client that comes, and that leaves.

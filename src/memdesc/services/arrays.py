@@ -32,7 +32,7 @@ from memdesc.errors import InvalidArgument, ProtocolError, ShareNotFoundError
 from memdesc.mapping import Elements, LocalMemoryMap, elements_of, view_as_array
 from memdesc.portable import UNREADABLE, Natural
 from memdesc.services.protocol.basics import Name, Shape
-from memdesc.services.sharing import SharedWith
+from memdesc.services.shared import SharedWith
 
 if TYPE_CHECKING:
     import numpy as np
@@ -267,3 +267,7 @@ class ArraysOf(SharedWith):
         MappingError, TimedOutError, PeerGoneError, ClosedError
         """
         return Arrays(self.map(name, timeout=timeout))
+
+    async def arrays_async(self, name: str = ALL, timeout: float | None = 5.0) -> Arrays:
+        """As `arrays`, for asyncio. Cancelled, nothing is mapped."""
+        return Arrays(await self.map_async(name, timeout=timeout))

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import os
 import socket as sockets
-import threading
 import time
 import weakref
 from dataclasses import dataclass
@@ -27,9 +26,10 @@ from memdesc.memory.closing import no_descriptor
 from memdesc.queues.waiting import deadline_of
 from memdesc.services import protocol
 from memdesc.services.accepting import Accepted, Accepting
+from memdesc.services.arrivals import Arrivals
 from memdesc.services.limits import Limits
 from memdesc.services.link import Link
-from memdesc.services.readable import Arrivals
+from memdesc.vm.awaiting import time_limit
 from memdesc.vm.forks import Condition
 from memdesc.vm.task import Task
 
@@ -202,22 +202,37 @@ class Listening(Link):
         ...         events.get(timeout=5.0)
         Event(name='resized', value=[640, 480], count=1)
         """
-        if not names:
-            raise InvalidArgument("events() without a name: give at least one", errno=errno.EINVAL)
-        wanted = tuple(dict.fromkeys(protocol.check_name(name, "an event") for name in names))
+        wanted = _check_names(names)
         until = deadline_of(timeout)
         events = Events(self, wanted)
         try:
             for name in wanted:
                 left = None if until is None else max(until - time.monotonic(), 0.05)
-                with self._lock:  # no Unlisten of another thread comes between, nor after
-                    number = self._asked[name] = self.next_id()
-                    self._listeners.setdefault(name, weakref.WeakSet()).add(events)
-                self.request(protocol.Listen(number, name), protocol.Done, timeout=left)
+                self.request(self._listen_to(name, events), protocol.Done, timeout=left)
         except BaseException:
             events.close()
             raise
         return events
+
+    async def events_async(self, *names: str, timeout: float | None = 5.0) -> Events:
+        """As `events`, for asyncio."""
+        wanted = _check_names(names)
+        events = Events(self, wanted)
+        try:
+            async with time_limit(timeout, lambda: self._silent("Listen", timeout)):
+                for name in wanted:
+                    question = self._listen_to(name, events)
+                    await self.request_async(question, protocol.Done, timeout=None)
+        except BaseException:
+            events.close()
+            raise
+        return events
+
+    def _listen_to(self, name: str, events: Events) -> protocol.Listen:
+        with self._lock:  # no Unlisten of another thread comes between, nor after
+            number = self._asked[name] = self.next_id()
+            self._listeners.setdefault(name, weakref.WeakSet()).add(events)
+        return protocol.Listen(number, name)
 
     def _unlisten(self, events: Events | None, names: tuple[str, ...]) -> None:
         """Have the service no longer tell what nobody listens to any more."""
@@ -353,23 +368,19 @@ class Events(Arrivals[Event]):
         ClosedError
             This, or the connection, was closed; or belongs to the parent of this forked process.
         """
-        until = deadline_of(timeout)
-        with self._changed:
-            while (found := self._take()) is None:
-                left = threading.TIMEOUT_MAX if until is None else until - time.monotonic()
-                if left <= 0:
-                    raise TimedOutError(
-                        f"none of the events {', '.join(map(repr, self.names))} in {timeout} s",
-                        errno=errno.ETIMEDOUT,
-                    )
-                self._changed.wait(min(left, threading.TIMEOUT_MAX))
-        return _event(found)
+        return _event(self._changed.wait_for(self._take, timeout, lambda: self._nothing(timeout)))
 
     def try_get(self) -> Event | None:
         """Give the next event, or None where none waits. Raises as `get`."""
         with self._changed:
             found = self._take()
         return None if found is None else _event(found)
+
+    def _nothing(self, timeout: float | None) -> TimedOutError:
+        return TimedOutError(
+            f"none of the events {', '.join(map(repr, self.names))} in {timeout} s",
+            errno=errno.ETIMEDOUT,
+        )
 
     def _take(self) -> tuple[str, bytes, int] | None:
         if self._inherited:
@@ -449,6 +460,12 @@ class Events(Arrivals[Event]):
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{len(self._waiting)} waiting"
         return f"<Events {', '.join(map(repr, self.names))}: {state}>"
+
+
+def _check_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    if not names:
+        raise InvalidArgument("events() without a name: give at least one", errno=errno.EINVAL)
+    return tuple(dict.fromkeys(protocol.check_name(name, "an event") for name in names))
 
 
 def _event(found: tuple[str, bytes, int]) -> Event:

@@ -27,6 +27,28 @@ from memdesc.vm.task import Task
 _T = TypeVar("_T")
 
 
+class _Tries:
+    """Asking again and again for what may not be there yet, ever less often, for a time."""
+
+    def __init__(self, timeout: float | None) -> None:
+        self._timeout = timeout
+        self._until = None if timeout is None else time.monotonic() + timeout
+        self._pause = 0.002
+
+    @property
+    def left(self) -> float | None:
+        """Seconds that the next answer may take."""
+        return None if self._until is None else max(self._until - time.monotonic(), 0.05)
+
+    def pause(self, error: ShareNotFoundError) -> float:
+        """Give the seconds before the next try; raise what says that it is not there, after all."""
+        if self._until is not None and time.monotonic() + self._pause > self._until:
+            waited = f" (waited {self._timeout} s)" if self._timeout else ""
+            raise ShareNotFoundError(error.message + waited, errno=error.errno) from None
+        pause, self._pause = self._pause, min(self._pause * 1.5, 0.05)
+        return pause
+
+
 class Link(Peer):
     """Base of `Connection`: greets the service. Each capability builds on it."""
 
@@ -96,18 +118,29 @@ class Link(Peer):
         `question` makes the message of its id and the name.
         """
         protocol.check_name(name)
-        until = None if timeout is None else time.monotonic() + timeout
-        pause = 0.002
+        tries = _Tries(timeout)
         while True:
-            left = None if until is None else max(until - time.monotonic(), 0.05)
             try:
-                return self.request(question(self.next_id(), name), kind, timeout=left)
+                return self.request(question(self.next_id(), name), kind, timeout=tries.left)
             except ShareNotFoundError as error:
-                if until is not None and time.monotonic() + pause > until:
-                    waited = f" (waited {timeout} s)" if timeout else ""
-                    raise ShareNotFoundError(error.message + waited, errno=error.errno) from None
+                pause = tries.pause(error)
             time.sleep(pause)
-            pause = min(pause * 1.5, 0.05)
+
+    async def _ask_about_async(
+        self, question: Callable[[int, str], Any], name: str, kind: type[_T], timeout: float | None
+    ) -> tuple[_T, list[int]]:
+        """As `_ask_about`, for asyncio. Cancelled, what came is closed."""
+        import asyncio
+
+        protocol.check_name(name)
+        tries = _Tries(timeout)
+        while True:
+            message = question(self.next_id(), name)
+            try:
+                return await self.request_async(message, kind, timeout=tries.left)
+            except ShareNotFoundError as error:
+                pause = tries.pause(error)
+            await asyncio.sleep(pause)
 
     def _peer_gone(self) -> PeerGoneError:
         return PeerGoneError(

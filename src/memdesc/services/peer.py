@@ -10,7 +10,6 @@ import errno
 import os
 import selectors
 import socket as sockets
-import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -244,19 +243,27 @@ class Peer(Requester):
         ------
         TimedOutError, PeerGoneError, ClosedError
         """
-        until = None if timeout is None else time.monotonic() + timeout
-        with self._arrived:
-            while not self._unseen:
-                if self._gone is not None:
-                    raise self._gone_again()
-                left = None if until is None else until - time.monotonic()
-                if left is not None and left <= 0:
-                    raise TimedOutError(
-                        f"task {self.task.pid} made no mapping here within {timeout} s",
-                        errno=errno.ETIMEDOUT,
-                    )
-                self._arrived.wait(left)
+        return self._arrived.wait_for(
+            self._next_mapping, timeout, lambda: self._no_mapping(timeout)
+        )
+
+    async def wait_mapping_async(self, timeout: float | None = None) -> LocalMemoryMap:
+        """As `wait_mapping`, for asyncio; cancelling it loses no mapping."""
+        return await self._arrived.wait_for_async(
+            self._next_mapping, timeout, lambda: self._no_mapping(timeout)
+        )
+
+    def _next_mapping(self) -> LocalMemoryMap | None:
+        if self._unseen:
             return self._unseen.popleft()
+        if self._gone is not None:
+            raise self._gone_again()
+        return None
+
+    def _no_mapping(self, timeout: float | None) -> TimedOutError:
+        return TimedOutError(
+            f"task {self.task.pid} made no mapping here within {timeout} s", errno=errno.ETIMEDOUT
+        )
 
     # -- mappings that we push into the peer (mapping.Carrier) -----------------------------------
 

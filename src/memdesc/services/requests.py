@@ -26,6 +26,7 @@ from memdesc.services import protocol
 from memdesc.services.channel import QUEUE_LIMIT, Channel
 from memdesc.services.failures import failed, rebuilt
 from memdesc.vm import tracing
+from memdesc.vm.awaiting import Alarm, time_limit
 from memdesc.vm.task import Task
 
 _T = TypeVar("_T")
@@ -68,6 +69,18 @@ class _Waiting:
         """Wait until it is done; False where it is not in that time."""
         most = threading.TIMEOUT_MAX
         return self._done.acquire(timeout=-1 if timeout is None else min(max(timeout, 0), most))
+
+
+class _Awaited(Alarm):
+    """One that a task of an event loop waits for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answer: Any = None
+        self.fds: list[int] = []
+
+    def wake(self) -> None:
+        self.release()
 
 
 class Requester(Channel):
@@ -126,18 +139,44 @@ class Requester(Channel):
         try:
             self._ask(message, fds)
             if not pending.wait(timeout) and self._give_up(message.id, undo):
-                raise TimedOutError(
-                    f"task {self.task.pid} did not answer {_name(message)} within "
-                    f"{timeout} s {SILENT}",
-                    errno=errno.ETIMEDOUT,
-                )
+                raise self._silent(_name(message), timeout)
         except BaseException:
-            self._give_up(message.id, undo)
-            if pending.answer is not None:  # it came, and nobody will see it
-                discard(pending.fds)
-                (undo or _ignore)(pending.answer)
+            self._abandon(message.id, pending, undo)
             raise
         return self._checked(pending, kind)
+
+    async def request_async(
+        self,
+        message: Any,
+        kind: type[_T],
+        fds: Sequence[int] = (),
+        timeout: float | None = 5.0,
+        undo: Callable[[Any], None] | None = None,
+    ) -> tuple[_T, list[int]]:
+        """As `request`, for asyncio. Cancelled, `undo` is called with the answer."""
+        pending = _Awaited()
+        self._expect(message.id, pending)
+        try:
+            self._ask(message, fds)
+            async with time_limit(timeout, lambda: self._silent(_name(message), timeout)):
+                await pending.wait()
+        except BaseException:
+            self._abandon(message.id, pending, undo)
+            raise
+        return self._checked(pending, kind)
+
+    def _silent(self, what: str, timeout: float | None) -> TimedOutError:
+        return TimedOutError(
+            f"task {self.task.pid} did not answer {what} within {timeout} s {SILENT}",
+            errno=errno.ETIMEDOUT,
+        )
+
+    def _abandon(self, number: int, pending: Pending, undo: Callable[[Any], None] | None) -> None:
+        """See to the answer to which nobody looks any more, here already or not."""
+        self._give_up(number, undo)
+        if pending.answer is not None:
+            discard(pending.fds)
+            (undo or _ignore)(pending.answer)
 
     def _expect(self, number: int, pending: Pending) -> None:
         """Have an answer of that number given to `pending`."""
@@ -163,7 +202,7 @@ class Requester(Channel):
         with self._lock:
             self._pending.pop(number, None)
 
-    def _checked(self, pending: _Waiting, kind: type[_T]) -> tuple[_T, list[int]]:
+    def _checked(self, pending: Pending, kind: type[_T]) -> tuple[_T, list[int]]:
         answer, fds = pending.answer, pending.fds
         if answer is None:
             raise self._gone_again()

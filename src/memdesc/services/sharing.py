@@ -1,10 +1,9 @@
-"""Sharing: what a service shares under names, and how clients list, open and watch it."""
+"""Sharing: what a service shares under names, and what its user clients have of it."""
 
 from __future__ import annotations
 
 import errno
 import socket as sockets
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,21 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from memdesc.descriptors.base import MemoryDescriptor, check_descriptor
 from memdesc.descriptors.buffer import BufferMemoryDescriptor
-from memdesc.descriptors.received import ReceivedMemoryDescriptor
 from memdesc.errors import (
     ClosedError,
     MemdescError,
-    ProtocolError,
     SealedError,
     ShareNotFoundError,
-    TimedOutError,
 )
-from memdesc.handover import pack, unpack
-from memdesc.mapping import LocalMemoryMap, check_order, elements_of, fit
+from memdesc.handover import pack
+from memdesc.mapping import check_order, elements_of, fit
 from memdesc.services import protocol
 from memdesc.services.accepting import Accepted, Accepting, Allow, Offers, allows, not_offered
 from memdesc.services.limits import Limits
-from memdesc.services.link import Link
 from memdesc.vm.pages import Access
 from memdesc.vm.task import Task
 
@@ -37,8 +32,6 @@ if TYPE_CHECKING:
 
 
 _SHARES_AT_ONCE = 128
-_MOST_SHARES = 1 << 16
-"""Entries of a list that are read: a service could go on until this process has no memory left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,174 +280,6 @@ class SharingClient(Accepted):
         super()._write_waiting()
         if not self._queue:
             self.tell_lengths()
-
-
-class SharedWith(Link):
-    """What a connection has of it."""
-
-    def __init__(
-        self, name: str, sock: sockets.socket, task: Task, limits: Limits, *, allow_copy: bool
-    ) -> None:
-        super().__init__(name, sock, task, limits, allow_copy=allow_copy)
-        self._lengths: dict[str, int] = {}  # of what is watched, as last told
-        self._watched: set[str] = set()
-
-    def shares(self, timeout: float | None = 5.0) -> list[protocol.Share]:
-        """List what the service shares with this client."""
-        found: list[protocol.Share] = []
-        until = None if timeout is None else time.monotonic() + timeout
-        while True:
-            request = protocol.ListShares(self.next_id(), len(found))
-            left = None if until is None else max(until - time.monotonic(), 0)
-            answer, _ = self.request(request, protocol.Shares, timeout=left)
-            found += answer.shares
-            if not answer.more or not answer.shares:
-                return found
-            if len(found) > _MOST_SHARES:
-                raise ProtocolError(
-                    f"service {self.name!r} lists more than {_MOST_SHARES:,} shares, without end",
-                    errno=errno.EPROTO,
-                )
-
-    def descriptor(self, name: str, timeout: float | None = 5.0) -> ReceivedMemoryDescriptor:
-        """Get a descriptor of what is shared under a name, waiting for it. Owned by the caller.
-
-        Raises
-        ------
-        ShareNotFoundError
-            Nothing was in that time, or not with this client (ENOENT).
-        TimedOutError, PeerGoneError, ClosedError
-        """
-        return self._open(name, timeout)[0]
-
-    def wait_length(self, name: str, known: int, timeout: float | None = None) -> int:
-        """Wait until what is shared under a name has another length than `known`; give that.
-
-        The service's buffer was lengthened, grown or shortened (`BufferMemoryDescriptor.grow`,
-        `set_length`), or another descriptor is shared under the name. Descriptors and mappings that
-        are here already stay as they are; `map` again gives the new length.
-
-        Parameters
-        ----------
-        name : str
-            As the service shares it.
-        known : int
-            Bytes: the length of the mapping, say, that this program has.
-        timeout : float, optional
-            Seconds; None waits for ever.
-
-        Returns
-        -------
-        int
-            The latest length that the service has told, in bytes. Those in between are not told.
-
-        Raises
-        ------
-        TimedOutError, ShareNotFoundError, PeerGoneError, ClosedError
-        """
-        until = None if timeout is None else time.monotonic() + timeout
-        if name not in self._lengths:
-            self._watch_length(name, timeout)
-        with self._arrived:
-            while (nbytes := self._lengths.get(name, known)) == known:
-                if self._gone is not None:
-                    raise self._gone_again()
-                left = None if until is None else until - time.monotonic()
-                if left is not None and left <= 0:
-                    raise TimedOutError(
-                        f"{name!r} of service {self.name!r} still had {known:,} bytes after "
-                        f"{timeout} s",
-                        errno=errno.ETIMEDOUT,
-                    )
-                self._arrived.wait(left)
-            return nbytes
-
-    def _watch_length(self, name: str, timeout: float | None) -> None:
-        """Have the service tell of the length of a share, as long as the connection lasts."""
-        protocol.check_name(name)
-        self._watched.add(name)
-        self._ask_about(protocol.WatchLength, name, protocol.Length, timeout)
-
-    def _heard(self, name: str, nbytes: int) -> None:
-        """Note the length of what is watched, in the order in which the service told of it."""
-        with self._arrived:
-            self._lengths[name] = nbytes
-            self._arrived.notify_all()
-
-    def map(
-        self,
-        name: str,
-        *,
-        offset: int = 0,
-        length: int | None = None,
-        access: Access | None = None,
-        prefault: bool = False,
-        guard_pages: int = 0,
-        at_address: int | None = None,
-        timeout: float | None = 5.0,
-    ) -> LocalMemoryMap:
-        """Map what is shared under a name into this task, waiting until it is shared.
-
-        Parameters
-        ----------
-        name : str
-            As the service shares it.
-        offset, length, access, prefault, guard_pages, at_address
-            As of `MemoryDescriptor.create_mapping_in_task`.
-        timeout : float, optional
-            Seconds to wait for the service to share it and to answer; None waits for ever, 0 asks
-            once.
-
-        Returns
-        -------
-        LocalMemoryMap
-            A buffer; `array()` gives it as it was shared. It outlives the connection.
-
-        Raises
-        ------
-        ShareNotFoundError, MappingError, TimedOutError, PeerGoneError, ClosedError
-        """
-        descriptor, share = self._open(name, timeout)
-        mapping = descriptor.map(
-            offset=offset,
-            length=length,
-            access=access,
-            prefault=prefault,
-            guard_pages=guard_pages,
-            at_address=at_address,
-        )
-        if share.dtype is not None and mapping.length == descriptor.length:
-            mapping.layout = share.shape, share.dtype, "F" if share.column_major else "C"
-        return mapping
-
-    def _open(
-        self, name: str, timeout: float | None
-    ) -> tuple[ReceivedMemoryDescriptor, protocol.Share]:
-        answer, fds = self._ask_about(protocol.OpenShare, name, protocol.Opened, timeout)
-        descriptor = unpack(answer.portable, fds)
-        share = answer.share
-        if (share.nbytes, share.writable) != (descriptor.length, descriptor.max_access.writable):
-            descriptor.close()
-            raise ProtocolError(
-                f"{name!r} is said to have {share.nbytes:,} bytes, writable: {share.writable}; "
-                f"what came has {descriptor.length:,}, {descriptor.max_access.value}",
-                errno=errno.EPROTO,
-            )
-        descriptor.name = name
-        return descriptor, share
-
-    def _handle(self, message: Any, fds: list[int], lost: bool) -> None:
-        if isinstance(message, protocol.LengthChanged) and message.name in self._watched:
-            self._heard(message.name, message.nbytes)
-        else:
-            super()._handle(message, fds, lost)
-
-    def _answered(self, answer: Any, fds: list[int], lost: bool) -> None:
-        if isinstance(answer, protocol.Length) and answer.name in self._watched:
-            self._heard(answer.name, answer.nbytes)
-        elif isinstance(answer, protocol.Opened) and answer.share.name in self._lengths:
-            self._heard(answer.share.name, answer.share.nbytes)  # newer than what was told before
-        super()._answered(answer, fds, lost)
 
 
 def _check_layout(

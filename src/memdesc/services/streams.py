@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import socket as sockets
 import weakref
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 from memdesc.errors import (
@@ -365,13 +365,30 @@ class Subscribing(Link):
             The stream does not allow that policy, or the numbers make no sense.
         TimedOutError, PeerGoneError, ClosedError
         """
-        chosen = Backpressure(policy).value
-
-        def question(number: int, name: str) -> protocol.Subscribe:
-            return protocol.Subscribe(number, name, chosen, depth, loans, latest)
-
+        question = _question(policy, depth, loans, latest)
         answer, fds = self._ask_about(question, name, protocol.Subscribed, timeout)
-        subscription = self._subscribed(name, answer, fds, depth, loans)
+        return self._subscribed(name, answer, fds, depth, loans)
+
+    async def subscribe_async(
+        self,
+        name: str,
+        *,
+        policy: Backpressure | str = Backpressure.DROP_OLDEST,
+        depth: int = 4,
+        loans: int = 2,
+        latest: bool = True,
+        timeout: float | None = 5.0,
+    ) -> Subscription:
+        """As `subscribe`, for asyncio. Cancelled, the subscription that came is ended."""
+        question = _question(policy, depth, loans, latest)
+        answer, fds = await self._ask_about_async(question, name, protocol.Subscribed, timeout)
+        return self._subscribed(name, answer, fds, depth, loans)
+
+    def _subscribed(
+        self, name: str, answer: protocol.Subscribed, fds: list[int], depth: int, loans: int
+    ) -> Subscription:
+        """Make the client's end of what came."""
+        subscription = self._checked_end(name, answer, fds, depth, loans)
         with self._lock:
             self._subscriptions.add(subscription)
             gone = self._gone is not None
@@ -379,10 +396,10 @@ class Subscribing(Link):
             subscription.peer_gone()
         return subscription
 
-    def _subscribed(
+    def _checked_end(
         self, name: str, answer: protocol.Subscribed, fds: list[int], depth: int, loans: int
     ) -> Subscription:
-        """Make the client's end of what came, checking all of it."""
+        """Make it, checking all of it."""
         if len(fds) != 3:
             discard(fds)
             raise ProtocolError(
@@ -413,3 +430,11 @@ class Subscribing(Link):
             subscriptions = list(self._subscriptions)
         for subscription in subscriptions:
             subscription.peer_gone()
+
+
+def _question(
+    policy: Backpressure | str, depth: int, loans: int, latest: bool
+) -> Callable[[int, str], protocol.Subscribe]:
+    """Give what makes the question of its id and the name."""
+    chosen = Backpressure(policy).value
+    return lambda number, name: protocol.Subscribe(number, name, chosen, depth, loans, latest)

@@ -66,6 +66,11 @@ class Succeeded(Accepting):
         self._over.wait(timeout)
         return self.superseded
 
+    async def wait_superseded_async(self, timeout: float | None = None) -> bool:
+        """As `wait_superseded`, for asyncio."""
+        await self._over.wait_async(timeout)
+        return self.superseded
+
     def _begin(self) -> None:
         if self._listener.inherited:
             self._loop.run(self._send_on)

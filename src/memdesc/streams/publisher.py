@@ -32,6 +32,7 @@ from memdesc.streams.subscriber import (
     statistics_of,
 )
 from memdesc.vm import tracing
+from memdesc.vm.awaiting import in_thread, until
 from memdesc.vm.forks import lock_for
 from memdesc.vm.pages import check_integer
 from memdesc.vm.task import Task
@@ -208,6 +209,32 @@ class Stream(_core.StreamPool):
                 errno=errno.EINVAL,
             )
         np.copyto(slot, source, casting="unsafe")
+
+    async def loan_async(self, timeout: float | None = None) -> _core.LoanedSlot:
+        """As `loan`, for asyncio; for a ``with`` block. Cancelled, nothing is loaned.
+
+        Waits for subscribers of policy BLOCK in one of at most 32 threads; of the other policies
+        nobody is waited for, here too.
+
+        Raises
+        ------
+        AllocationError
+            As `loan`; or no thread can be started to wait in (EAGAIN).
+        TimedOutError, ClosedError
+            As `loan`.
+        """
+        slot = self._take()
+        if slot is None:
+            self._waits += 1
+            slot = await until(
+                self._take, self._room_awaited, timeout, lambda: self._no_room(timeout)
+            )
+        self._tidy()
+        return slot
+
+    async def _room_awaited(self) -> None:
+        # No longer than a glance: so long the thread goes on where this is cancelled.
+        await in_thread(lambda: self._wait_for_room(int(GLANCE * 1e9), 0, GLANCE))
 
     def _loan(self, timeout: float | None) -> _core.LoanedSlot:
         """Wait until every subscriber of policy BLOCK has room."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, Self
 
@@ -17,6 +15,7 @@ from memdesc.errors import (
     InvalidArgument,
     PeerGoneError,
     ProtocolError,
+    TimedOutError,
 )
 from memdesc.mapping import LocalMemoryMap
 from memdesc.queues.notify import clear, own_socket
@@ -30,12 +29,12 @@ from memdesc.streams.ends import (
 )
 from memdesc.streams.layout import HEADER, StreamForm
 from memdesc.vm import tracing
+from memdesc.vm.awaiting import Sleepers, readable, until
 from memdesc.vm.forks import lock_for
 from memdesc.vm.pages import Access
 from memdesc.vm.task import Task
 
 if TYPE_CHECKING:
-    import asyncio
     import socket as sockets
 
 _ENDED, _SLOW, _BROKEN = 1, 2, 3
@@ -118,7 +117,7 @@ class Subscription(_core.StreamSubscriber):
         self.name, self.form, self.loans = name, form, loans
         self._peer, self._waits = peer, 0
         self._lock = lock_for(self)
-        self._sleepers: set[asyncio.Future[None]] = set()
+        self._sleepers = Sleepers()
         self._pool: _core.Window | None = None
         pool_window = window_of(pool, Access.READ_ONLY, form.pool_bytes)
         line_window = window_of(line, Access.READ_WRITE, form.line_bytes(depth))
@@ -195,7 +194,10 @@ class Subscription(_core.StreamSubscriber):
             slot = self.try_take()
             if slot is not None:
                 return slot
-        raise timed_out(timeout, f"stream {self.name!r}: nothing was published")
+        raise self._nothing(timeout)
+
+    def _nothing(self, timeout: float | None) -> TimedOutError:
+        return timed_out(timeout, f"stream {self.name!r}: nothing was published")
 
     def _wait(self, deadline: float | None) -> bool:
         """Wait until something is offered; raise where nothing will be any more."""
@@ -243,20 +245,8 @@ class Subscription(_core.StreamSubscriber):
 
     async def take_async(self, timeout: float | None = None) -> _core.TakenSlot:
         """As `take`, for asyncio; cancelling it loses nothing."""
-        import asyncio
-
-        fd = self.fileno()
-        waiting = asyncio.timeout(timeout)
-        try:
-            async with waiting:
-                while (slot := self.try_take()) is None:
-                    await self._readable(fd)
-        except TimeoutError as error:
-            if not waiting.expired():
-                raise
-            what = f"stream {self.name!r}: nothing was published"
-            raise timed_out(timeout, what) from error
-        return slot
+        self.fileno()  # from here on a waking is asked for where nothing is found
+        return await until(self.try_take, self._awaited, timeout, lambda: self._nothing(timeout))
 
     async def __aiter__(self) -> AsyncIterator[_core.TakenSlot]:
         while True:
@@ -271,29 +261,13 @@ class Subscription(_core.StreamSubscriber):
             finally:
                 slot._next_turn()
 
-    async def _readable(self, fd: int) -> None:
-        import asyncio
-
-        loop = asyncio.get_running_loop()
-        ready: asyncio.Future[None] = loop.create_future()
-        self._sleepers.add(ready)
-        try:
-            if self.closed:  # by another thread, who did not see this one
-                return
-            with _duplicate(fd) as own:
-                loop.add_reader(own, _set, ready)
-                try:
-                    await ready
-                finally:
-                    loop.remove_reader(own)
-        finally:
-            self._sleepers.discard(ready)
+    async def _awaited(self) -> None:
+        await readable(self.fileno, self._sleepers)
 
     def _wake(self) -> None:
         """Have all who await look again. On any thread."""
-        for ready in list(self._sleepers):
-            with contextlib.suppress(RuntimeError):  # its loop was closed
-                ready.get_loop().call_soon_threadsafe(_set, ready)
+        if self._sleepers:
+            self._sleepers.wake()
 
     def _clear(self) -> None:
         if self._socket is not None and not clear(self._socket):
@@ -414,25 +388,3 @@ class Subscription(_core.StreamSubscriber):
             ),
             views_of=self._pool,
         )
-
-
-@contextlib.contextmanager
-def _duplicate(fd: int) -> Iterator[int]:
-    """Have a socket under a number that stays its own: who closes it frees the other one."""
-    try:
-        own = os.dup(fd)
-    except OSError as error:
-        raise AllocationError(
-            f"can not wait in an event loop: {error.strerror}; close descriptors, or raise "
-            "`ulimit -n`",
-            errno=error.errno,
-        ) from error
-    try:
-        yield own
-    finally:
-        os.close(own)
-
-
-def _set(ready: asyncio.Future[None]) -> None:
-    if not ready.done():
-        ready.set_result(None)

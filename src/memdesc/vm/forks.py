@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import errno
 import os
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+
+from memdesc.errors import InvalidArgument, TimedOutError
+
+_T = TypeVar("_T")
 
 
 class Locked(Protocol):
@@ -31,6 +36,21 @@ class Heir(Protocol):
         """Close what must not be held there."""
 
 
+def check_timeout(timeout: float | None) -> None:
+    """Refuse what is no time to wait."""
+    if timeout is not None and not timeout >= 0:
+        raise InvalidArgument(
+            f"timeout is {timeout!r}: give seconds from 0, or None", errno=errno.EINVAL
+        )
+
+
+class _Waiter(Protocol):
+    """A lock, or an `Alarm`: that gives False where nobody hears it."""
+
+    def release(self) -> bool | None:
+        """Wake who waits."""
+
+
 class Condition(_thread.RLock):  # type: ignore[misc]
     """As `threading.Condition`, but an interrupt (`KeyboardInterrupt`) never leaves it locked.
 
@@ -40,7 +60,7 @@ class Condition(_thread.RLock):  # type: ignore[misc]
     """
 
     def __init__(self) -> None:
-        self._waiters: deque[_thread.LockType] = deque()
+        self._waiters: deque[_Waiter] = deque()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Release it until notified, or for so many seconds; False where the time ran out."""
@@ -56,10 +76,53 @@ class Condition(_thread.RLock):  # type: ignore[misc]
             with contextlib.suppress(ValueError):  # it was notified
                 self._waiters.remove(waiter)
 
+    def wait_for(
+        self,
+        look: Callable[[], _T | None],
+        timeout: float | None,
+        late: Callable[[], TimedOutError],
+    ) -> _T:
+        """Give what `look` gives, with the lock, once that is not None; raise `late()` after."""
+        check_timeout(timeout)
+        until = None if timeout is None else time.monotonic() + timeout
+        with self:
+            while (found := look()) is None:
+                left = None if until is None else until - time.monotonic()
+                if left is not None and left <= 0:
+                    raise late()
+                self.wait(left)
+            return found
+
+    async def wait_for_async(
+        self,
+        look: Callable[[], _T | None],
+        timeout: float | None,
+        late: Callable[[], TimedOutError],
+    ) -> _T:
+        """As `wait_for`, in an event loop: others run, and only this task waits."""
+        from memdesc.vm.awaiting import Alarm, time_limit
+
+        async with time_limit(timeout, late):
+            while True:
+                with self:
+                    if (found := look()) is not None:
+                        return found
+                    alarm = Alarm()
+                    self._waiters.append(alarm)
+                try:
+                    await alarm.wait()
+                except BaseException:
+                    with self:
+                        try:
+                            self._waiters.remove(alarm)
+                        except ValueError:
+                            self.notify()  # it was told, and will not look: another is to
+                    raise
+
     def notify(self) -> None:
         """Wake one who waits."""
-        if self._waiters:
-            self._waiters.popleft().release()
+        while self._waiters and self._waiters.popleft().release() is False:
+            pass  # an event loop that was closed: somebody else is to hear it
 
     def notify_all(self) -> None:
         """Wake all who wait."""
@@ -94,6 +157,14 @@ class Flag:
                     break
                 self._changed.wait(left)
             return self._set
+
+    async def wait_async(self, timeout: float | None = None) -> bool:
+        """As `wait`, in an event loop."""
+        with contextlib.suppress(TimedOutError):
+            await self._changed.wait_for_async(
+                lambda: self._set or None, timeout, lambda: TimedOutError("not set in time")
+            )
+        return self._set
 
 
 _gate: Any = threading.RLock()

@@ -241,6 +241,12 @@ class Task:
             if time.monotonic() >= deadline:
                 return False
 
+    async def wait_async(self, timeout: float | None = None) -> bool:
+        """As `wait`, for asyncio."""
+        from memdesc.vm.awaiting import happens, readable
+
+        return await happens(lambda: self.wait(0), lambda: readable(self.fileno), timeout)
+
     def fileno(self) -> int:
         """Give the pidfd: readable once the task has ended. It stays the task's own."""
         if self._pidfd < 0:

@@ -13,7 +13,6 @@ from memdesc.errors import (
     InvalidArgument,
     MemdescError,
     ProtocolError,
-    TimedOutError,
 )
 from memdesc.handover import discard
 from memdesc.services import protocol
@@ -25,7 +24,7 @@ from memdesc.services.copier import read_own, write_own
 from memdesc.services.limits import Limits
 from memdesc.services.link import Link
 from memdesc.services.protocol.calls import Lent
-from memdesc.services.requests import SILENT
+from memdesc.vm.awaiting import time_limit
 from memdesc.vm.task import Task
 
 
@@ -177,17 +176,9 @@ class CallsTo(Link):
         import asyncio
 
         pending = self.begin(method, *arguments, into=into, returns=returns, **named)
-        limit = asyncio.timeout(timeout)
         try:
-            async with limit:
+            async with time_limit(timeout, lambda: self._silent(f"{method}()", timeout)):
                 return await asyncio.wrap_future(pending)
-        except TimeoutError as error:
-            if not limit.expired():
-                raise  # what the method raised
-            raise TimedOutError(
-                f"task {self.task.pid} did not answer {method}() within {timeout} s {SILENT}",
-                errno=errno.ETIMEDOUT,
-            ) from error
         finally:
             pending.cancel()
             del pending  # it keeps its error, which keeps this frame

@@ -7,8 +7,6 @@ import errno
 import logging
 import select
 import socket as sockets
-import threading
-import time
 import weakref
 from abc import abstractmethod
 from collections import deque
@@ -29,7 +27,6 @@ from memdesc.handover import close_all, pack
 from memdesc.memory.memfd import fitting_name
 from memdesc.queues import Consumer, Producer, create_data_queue
 from memdesc.queues.layout import CONTROL, memory_for
-from memdesc.queues.waiting import deadline_of
 from memdesc.services import protocol
 from memdesc.services.accepting import Accepted, Allow
 from memdesc.services.errands import Errands
@@ -138,18 +135,24 @@ class ClientQueues(Generic[_End]):
         ------
         TimedOutError, ClosedError
         """
-        until = deadline_of(timeout)
-        with self._changed:
-            while not self._unseen:
-                self._check_open()
-                left = threading.TIMEOUT_MAX if until is None else until - time.monotonic()
-                if left <= 0:
-                    raise TimedOutError(
-                        f"no client opened queue {self.name!r} within {timeout} s",
-                        errno=errno.ETIMEDOUT,
-                    )
-                self._changed.wait(min(left, threading.TIMEOUT_MAX))
+        return self._changed.wait_for(self._next_client, timeout, lambda: self._no_client(timeout))
+
+    async def wait_client_async(self, timeout: float | None = None) -> UserClient:
+        """As `wait_client`, for asyncio; cancelling it loses no client."""
+        return await self._changed.wait_for_async(
+            self._next_client, timeout, lambda: self._no_client(timeout)
+        )
+
+    def _next_client(self) -> UserClient | None:
+        if self._unseen:
             return cast("UserClient", self._unseen.popleft())
+        self._check_open()
+        return None
+
+    def _no_client(self, timeout: float | None) -> TimedOutError:
+        return TimedOutError(
+            f"no client opened queue {self.name!r} within {timeout} s", errno=errno.ETIMEDOUT
+        )
 
     def close(self) -> None:
         """End every client's queue and give up the name. Again is a no-op.

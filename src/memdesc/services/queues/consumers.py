@@ -26,8 +26,8 @@ from memdesc.queues import Consumer, QueueStatistics, notification_pair
 from memdesc.queues.layout import entry_extent
 from memdesc.queues.waiting import deadline_of
 from memdesc.services.accepting import Accepted, Allow
+from memdesc.services.arrivals import Arrivals
 from memdesc.services.queues.books import ClientQueues, Slot
-from memdesc.services.readable import Arrivals
 from memdesc.vm.pages import Direction
 
 if TYPE_CHECKING:
@@ -182,11 +182,14 @@ class ClientConsumers(ClientQueues[Consumer], Arrivals["tuple[UserClient, bytes]
         watch = self._watching()
         left = -1.0 if until is None else until - time.monotonic()
         if until is not None and left <= 0:
-            raise TimedOutError(
-                f"no client put anything into queue {self.name!r} in {timeout} s",
-                errno=errno.ETIMEDOUT,
-            )
+            raise self._nothing(timeout)
         watch.epoll.poll(min(left, 1e6), 1)
+
+    def _nothing(self, timeout: float | None) -> TimedOutError:
+        return TimedOutError(
+            f"no client put anything into queue {self.name!r} in {timeout} s",
+            errno=errno.ETIMEDOUT,
+        )
 
     def _take(self, most: int) -> list[tuple[UserClient, bytes]]:
         """Take up to so many entries, in turns. Waits for nothing."""
@@ -254,12 +257,12 @@ class ClientConsumers(ClientQueues[Consumer], Arrivals["tuple[UserClient, bytes]
     def _entered(self, slot: Slot[Consumer]) -> None:
         watch = self._watch
         if watch is not None:
-            self._by_fd[slot.end.fileno()] = slot
-            watch.epoll.register(slot.end.fileno(), select.EPOLLIN)
+            self._by_fd[_fileno(slot)] = slot
+            watch.epoll.register(_fileno(slot), select.EPOLLIN)
 
     def _left(self, slot: Slot[Consumer]) -> None:
         watch = self._watch
-        fd = slot.end.fileno()
+        fd = _fileno(slot)
         if self._by_fd.get(fd) is slot:
             del self._by_fd[fd]
             if watch is not None:
@@ -322,3 +325,10 @@ class ClientConsumers(ClientQueues[Consumer], Arrivals["tuple[UserClient, bytes]
         self._ready.clear()
         self._came.clear()
         self._orphans.clear()
+
+
+def _fileno(slot: Slot[Consumer]) -> int:
+    """Give the number of its socket; -1 where it was closed."""
+    socket = slot.end._socket
+    assert socket is not None
+    return socket.fileno()

@@ -314,6 +314,21 @@ class QueuedTo(Link):
         TimedOutError, PeerGoneError, ClosedError
         """
         answer, fds = self._ask_about(protocol.OpenQueue, name, protocol.QueueOpened, timeout)
+        return self._queue_opened(name, answer, fds, spin)
+
+    async def queue_async(
+        self, name: str, *, spin: float = SPIN, timeout: float | None = 5.0
+    ) -> Consumer | Producer:
+        """As `queue`, for asyncio. Cancelled, the queue that came is ended."""
+        answer, fds = await self._ask_about_async(
+            protocol.OpenQueue, name, protocol.QueueOpened, timeout
+        )
+        return self._queue_opened(name, answer, fds, spin)
+
+    def _queue_opened(
+        self, name: str, answer: protocol.QueueOpened, fds: list[int], spin: float
+    ) -> Consumer | Producer:
+        """Make the client's end of what came."""
         if not fds:
             raise ProtocolError(f"queue {name!r} came without its socket", errno=errno.EPROTO)
         socket = socket_of(fds.pop(), fds)

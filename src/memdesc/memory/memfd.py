@@ -16,7 +16,6 @@ import functools
 import os
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Protocol
 
 from memdesc import _core
@@ -33,7 +32,7 @@ from memdesc.memory.page_kinds import PageKind
 from memdesc.vm.forks import lock_for
 from memdesc.vm.pages import Access
 
-_HUGE_PAGES = Path("/sys/kernel/mm/hugepages")
+_HUGE_PAGES = "/sys/kernel/mm/hugepages"
 _PUNCH_HOLE = 3
 """FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE (linux/falloc.h)."""
 
@@ -113,8 +112,8 @@ def memory_devices() -> frozenset[int]:
     What lies there is memory and nothing else: no other process serves it.
     """
     found = {anonymous_device()}
-    for path in _HUGE_PAGES.glob("hugepages-*kB"):
-        size = int(path.name[10:-2]) << 10
+    for name in os.listdir(_HUGE_PAGES) if os.path.isdir(_HUGE_PAGES) else ():
+        size = int(name.removeprefix("hugepages-").removesuffix("kB")) << 10
         flags = os.MFD_HUGETLB | (size.bit_length() - 1) << os.MFD_HUGE_SHIFT
         with contextlib.suppress(OSError):  # then nobody has any of that size
             fd = os.memfd_create("memdesc-device", flags | os.MFD_CLOEXEC)

@@ -37,12 +37,6 @@ def write_all(descriptor: md.MemoryDescriptor, value: int) -> None:
         mapping.array()[:] = value
 
 
-def pass_on(source: Any, target: Any) -> None:
-    """Receive, and give on what was received."""
-    target.send(source.recv())
-    source.recv()  # until told: the resource sharer needs the process alive
-
-
 def total(descriptor: md.MemoryDescriptor) -> int:
     return sum(bytes(descriptor))
 

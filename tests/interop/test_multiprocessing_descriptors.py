@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from typing import Any
 
 import multiprocessing_children as children
 import pytest
-from children import finish, in_child, kill, start
+from children import NOBODY, become, finish, in_child, kill, start
 from puppets import count_fds, end_holder, full_table
 
 import memdesc as md
@@ -248,6 +249,30 @@ def _errno_of_sending() -> int | None:
         assert "96 objects" in str(error)
         return error.errno
     return 0
+
+
+def test_too_many_descriptors_of_the_user_in_sockets_is_said() -> None:
+    def send() -> tuple[Any, Any]:
+        few_descriptors(64)
+        one, two = socket.socketpair()
+        one.setblocking(False)
+        with one, two:
+            try:
+                while True:
+                    socket.send_fds(one, [b"x"], [0])
+            except OSError as error:
+                if error.errno != errno.ETOOMANYREFS:
+                    pytest.skip(f"this kernel has no such limit here: {error}")
+            with pytest.raises(md.MappingError) as no:
+                dumped(buffer())
+        return no.value.reason.name, no.value.errno
+
+    def work() -> Any:
+        ForkingPickler.loads(dumped(buffer()))  # so the holder is of this user
+        return in_child(send)
+
+    seen = in_child(work, before=lambda: become(NOBODY))
+    assert seen == ("TOO_MANY_FILES", errno.ETOOMANYREFS)
 
 
 def test_a_limit_on_bytes_holds_for_all_of_the_family() -> None:

@@ -151,20 +151,20 @@ class Holder:
         MappingError
             TOO_MANY_FILES: too many objects.
         """
-        left = list(fds)
         try:
             came = [InTransit(fd, sender) for fd in fds]
             with self._alone():
                 new = {one.key: one for one in came if one.key not in self._objects}
                 self._check_room(len(new), sum(one.nbytes for one in new.values()))
                 self._objects.update(new)
-                left = [one.fd for one in came if new.get(one.key) is not one]
                 self._nbytes += sum(one.nbytes for one in new.values())
                 kept = self._tokens[token] = [self._objects[one.key] for one in came]
                 for one in kept:
                     one.tokens.add(token)
-        finally:
-            close_all(left)
+        except OSError:  # refused, before any was kept; an interrupt may have left some
+            close_all(fds)
+            raise
+        close_all([one.fd for one in came if new.get(one.key) is not one])
         if tracing.books is not None:
             for one in new.values():
                 tracing.books.note(one, InTransit.told)

@@ -26,6 +26,7 @@ from multiprocessing import util
 from typing import Protocol
 
 from memdesc.errors import AccessDeniedError, PeerGoneError
+from memdesc.handover.forms import too_many_files
 from memdesc.handover.holder import (
     ANSWER,
     COUNT,
@@ -103,6 +104,10 @@ class Link:
         """Have descriptors kept there; closes them."""
         try:
             came = self._ask(KEEP + token, fds)
+        except OSError as error:
+            if error.errno == errno.ETOOMANYREFS:  # the holder was slow to take those of others
+                raise too_many_files(error) from error
+            raise
         finally:
             close_all(fds)
         discard(came)

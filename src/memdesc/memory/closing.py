@@ -1,4 +1,4 @@
-"""Closing what came from a stranger, without waiting for him.
+"""Closing what came from a stranger, without waiting for him; and what to say when none is left.
 
 close() can wait for as long as whoever made the file likes: a FUSE server that does not answer, a
 TCP socket with SO_LINGER. Memory is closed at once; anything else by a thread of its own.

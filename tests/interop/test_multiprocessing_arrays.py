@@ -40,6 +40,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWa
 
 @pytest.fixture
 def installed() -> Iterator[None]:
+    end_holder()  # what other tests left with it
     with handles.installed():
         yield
 
@@ -668,6 +669,33 @@ def test_uninstalled_is_as_before() -> None:
     gc.collect()
     md.recycler.trim()
     wait_until(lambda: count_fds() <= fds + 2)  # the I/O thread's
+
+
+def test_installed_again_while_the_holder_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    handles.install()
+    first = transit.ways.holder
+    assert first is not None
+    loop, made = first._loop, []
+    thread = threading.Thread(target=lambda: made.append(transit.ways.to_send()))
+    forget = loop.forget
+
+    def forget_late(fd: int) -> None:
+        if fd == first._sock.fileno():
+            thread.start()
+            thread.join(0.2)  # it waits for the end
+        forget(fd)
+
+    monkeypatch.setattr(loop, "forget", forget_late)
+    handles.uninstall()
+    wait_until(lambda: thread.ident is not None)
+    thread.join()
+    assert first.closed
+    (second,) = made
+    assert transit.ways.holder is second
+    with pytest.raises(md.PeerGoneError):
+        first.keep(bytes(16), [os.dup(0)])
+    with handles.installed():
+        assert travel(numbers(3)).sum() == 3
 
 
 def test_installed_inside_installed() -> None:

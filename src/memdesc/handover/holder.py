@@ -146,6 +146,8 @@ class Holder:
 
         Raises
         ------
+        PeerGoneError
+            It has ended (ECONNREFUSED).
         LimitError
             They would be too many bytes (EDQUOT).
         MappingError
@@ -154,6 +156,8 @@ class Holder:
         try:
             came = [InTransit(fd, sender) for fd in fds]
             with self._alone():
+                if self.closed:  # by another thread, just now
+                    raise PeerGoneError("what keeps handles has ended", errno=errno.ECONNREFUSED)
                 new = {one.key: one for one in came if one.key not in self._objects}
                 self._check_room(len(new), sum(one.nbytes for one in new.values()))
                 self._objects.update(new)
@@ -320,17 +324,24 @@ class Holder:
         self.ending = True
         self._end_if_idle()
 
+    def go_on(self) -> bool:
+        """Do not end, after all; False where it has."""
+        with self._lock:
+            self.ending = False
+            return not self.closed
+
     def _end_if_idle(self) -> None:
         if self.ending and not self._tokens:
             self._loop.post(self._end)
 
     def _end(self) -> None:
-        if not self.ending or self._tokens or self._sock.fileno() < 0:
-            return
+        with self._lock:  # who would go on with it waits, and then makes another
+            if not self.ending or self._tokens or self.closed:
+                return
+            self._loop.forget(self._sock.fileno())
+            self._sock.close()
         for link in list(self._links):
             self._hang_up(link)
-        self._loop.forget(self._sock.fileno())
-        self._sock.close()
 
     @property
     def closed(self) -> bool:

@@ -186,9 +186,8 @@ class Ways:
     def to_send(self) -> HolderLike:
         """The holder that this process leaves things with, made now if there is none."""
         with self._lock:
-            if self.holder is not None:
-                self.holder.ending = False
-                return self.holder
+            if self._holder is not None and self._holder.go_on():
+                return self._holder
             address = _family_address()
             try:
                 return self._link(address)

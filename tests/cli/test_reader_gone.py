@@ -16,7 +16,15 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize(
     "words",
-    ["doctor", "ls --json", "top --once --interval 0.1", "map PID --all"],
+    [
+        "doctor",
+        "ls --json",
+        "top --once --interval 0.1",
+        "map PID --all",
+        "--help",
+        "--version",
+        "ls -h",
+    ],
 )
 def test_a_reader_that_goes_is_no_noise(words: str) -> None:
     with md.Service("camera"):

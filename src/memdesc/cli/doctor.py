@@ -22,7 +22,6 @@ MATTERS = frozenset(
         "future_write_seal",
         "populate",
         "lock_memory",
-        "pidfd_getfd",
         "copy_other_task",
     }
 )

@@ -199,10 +199,11 @@ class Serving:
         if seen == list(loaded.identities):
             self._tried = None
         elif seen == before and seen != self._tried and None not in seen:
-            self._tried = list(seen)
             self._reload(server, "changed")
 
     def _reload(self, server: FileServer, why: str) -> None:
+        # What is there now is tried now, also by a signal: if it is no good, that is told once.
+        self._tried = [identify(one.path) for one in server.loaded.sources]
         try:
             loaded = server.reload(progress=self._progress)
         except (MemdescError, OSError) as error:

@@ -92,7 +92,8 @@ def open_folder(name: str) -> None:
         raise AccessDeniedError(
             f"{folder} is not a folder of this user's alone (owner {status.st_uid}, mode "
             f"{stat.S_IMODE(status.st_mode):o}; this is user {os.geteuid()}): remove it, or set "
-            "MEMDESC_RUNTIME_DIR",
+            f"MEMDESC_RUNTIME_DIR to one that memdesc can make, inside it for instance "
+            f"({folder}/memdesc; of a volume the root belongs to who made the volume)",
             errno=errno.EACCES,
         )
     with _explained(folder):

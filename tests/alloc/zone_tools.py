@@ -9,11 +9,16 @@ import os
 import time
 from collections.abc import Callable
 
+from memdesc import debug
 from memdesc.alloc import Zone
 from memdesc.memory import zone_map
 from memdesc.vm.pages import page_size, page_span
 
 _names = itertools.count()
+
+
+T = "T" if debug.is_on() else ""
+"""The flag of tracking, which `memdesc.debug` has in all zones."""
 
 
 def make(element_size: int = 256, elements: int = 16, **how: object) -> Zone:

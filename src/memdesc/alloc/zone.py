@@ -33,6 +33,7 @@ from memdesc.errors import (
 )
 from memdesc.memory import zone_map
 from memdesc.vm import tracing
+from memdesc.vm.timeouts import check_timeout
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer  # collections.abc has it from 3.12 on
@@ -441,8 +442,7 @@ def _deadline(timeout: float | None) -> float:
     """When to stop waiting, by the monotonic clock; 0 for not waiting at all."""
     if timeout is None:
         return math.inf
-    if not isinstance(timeout, int | float) or not timeout >= 0:
-        raise InvalidArgument(f"timeout is {timeout!r}: give seconds, 0 or more, or None")
+    check_timeout(timeout)
     return time.monotonic() + timeout if timeout else 0.0
 
 

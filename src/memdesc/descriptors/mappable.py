@@ -27,6 +27,7 @@ from memdesc.vm import tracing
 from memdesc.vm.forks import lock_for
 from memdesc.vm.pages import Access
 from memdesc.vm.task import Task, check_task
+from memdesc.vm.timeouts import check_timeout
 
 
 def _told(known: Mappable) -> tracing.Told:
@@ -156,6 +157,7 @@ class Mappable(_core.Exporter, ABC):
         self._check_open()
         placement = Placement(at_address, guard_pages, prefault, unique)
         check_task(task)
+        check_timeout(timeout)
         if not task.alive:
             raise MappingError(
                 f"task {task.pid} has ended: nothing can be mapped into it",

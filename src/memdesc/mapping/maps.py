@@ -14,6 +14,7 @@ from memdesc.vm import tracing
 from memdesc.vm.forks import lock_for
 from memdesc.vm.pages import Access
 from memdesc.vm.task import Task
+from memdesc.vm.timeouts import check_timeout
 from memdesc.wiring import Wire, wire
 
 if TYPE_CHECKING:
@@ -325,6 +326,7 @@ class RemoteMemoryMap(MemoryMap):
 
     def unmap(self, timeout: float | None = 5.0) -> None:
         """Ask the task to unmap it; `BufferError` while its program holds views."""
+        check_timeout(timeout)
         if self._token is not None and self.is_mapped:
             self._carrier.unmap_in_peer(self._token, timeout)
         self._token = None

@@ -20,6 +20,7 @@ from memdesc.vm.awaiting import Sleepers, happens, readable
 from memdesc.vm.forks import lock_for, tell_child
 from memdesc.vm.pages import Access, page_size
 from memdesc.vm.task import Task, check_task
+from memdesc.vm.timeouts import check_timeout
 
 if TYPE_CHECKING:
     import socket as sockets
@@ -236,10 +237,7 @@ class End(_core.RingEnd):
     @staticmethod
     def _deadline(timeout: float) -> float:
         """When a call has to be over."""
-        if not timeout >= 0:
-            raise InvalidArgument(
-                f"timeout is {timeout!r}: give seconds from 0, or None", errno=errno.EINVAL
-            )
+        check_timeout(timeout)
         return time.monotonic() + timeout
 
     def _timed_out(self, timeout: float | None, what: str) -> TimedOutError:
@@ -289,11 +287,6 @@ def _map(descriptor: MemoryDescriptor, capacity: int) -> _core.Window:
             errno=errno.EINVAL,
         )
     return window
-
-
-def deadline_of(timeout: float | None) -> float | None:
-    """When a call has to be over; None: never."""
-    return None if timeout is None else End._deadline(timeout)
 
 
 def time_left(deadline: float | None) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import math
 import os
 import socket as sockets
 import time
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING, Literal, overload
 
 from memdesc.errors import (
     AccessDeniedError,
-    InvalidArgument,
     ServiceNotFoundError,
     TaskGoneError,
     TimedOutError,
@@ -25,6 +23,7 @@ from memdesc.services.limits import Limits, check_limits
 from memdesc.services.queues.parts import QueuedTo
 from memdesc.services.streams import Subscribing
 from memdesc.vm.task import Task
+from memdesc.vm.timeouts import check_timeout
 
 if TYPE_CHECKING:
     from memdesc.services.reconnect import ReconnectingConnection
@@ -112,22 +111,13 @@ def connect(
     AllocationError
         This process has no file descriptor left (EMFILE).
     """
-    _check_timeout(timeout)
+    check_timeout(timeout)
     limits = Limits(mappings=4096) if limits is None else check_limits(limits)
     if not reconnect:
         return reach(name, timeout, limits, allow_copy=allow_copy)
     from memdesc.services.reconnect import ReconnectingConnection
 
     return ReconnectingConnection(lambda: reach(name, timeout, limits, allow_copy=allow_copy), name)
-
-
-def _check_timeout(timeout: float | None) -> None:
-    try:
-        good = timeout is None or not math.isnan(timeout)
-    except TypeError:
-        good = False
-    if not good:
-        raise InvalidArgument(f"timeout is {timeout!r}: give seconds, or None to wait for ever")
 
 
 def reach(

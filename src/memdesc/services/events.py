@@ -23,7 +23,6 @@ from memdesc.errors import (
 )
 from memdesc.loop import Loop, tell_if_forked
 from memdesc.memory.closing import no_descriptor
-from memdesc.queues.waiting import deadline_of
 from memdesc.services import protocol
 from memdesc.services.accepting import Accepted, Accepting
 from memdesc.services.arrivals import Arrivals
@@ -32,6 +31,7 @@ from memdesc.services.link import Link
 from memdesc.vm.awaiting import time_limit
 from memdesc.vm.forks import Condition
 from memdesc.vm.task import Task
+from memdesc.vm.timeouts import deadline_of
 
 if TYPE_CHECKING:
     from memdesc.services.service import Service

@@ -23,6 +23,7 @@ from memdesc.services.limits import Limits
 from memdesc.services.peer import Peer
 from memdesc.vm.forks import Flag
 from memdesc.vm.task import Task
+from memdesc.vm.timeouts import deadline_of
 
 _T = TypeVar("_T")
 
@@ -32,7 +33,7 @@ class _Tries:
 
     def __init__(self, timeout: float | None) -> None:
         self._timeout = timeout
-        self._until = None if timeout is None else time.monotonic() + timeout
+        self._until = deadline_of(timeout)
         self._pause = 0.002
 
     @property

@@ -28,6 +28,7 @@ from memdesc.services.failures import failed, rebuilt
 from memdesc.vm import tracing
 from memdesc.vm.awaiting import Alarm, time_limit
 from memdesc.vm.task import Task
+from memdesc.vm.timeouts import check_timeout
 
 _T = TypeVar("_T")
 
@@ -130,6 +131,7 @@ class Requester(Channel):
         MemdescError
             What the other side answered instead.
         """
+        check_timeout(timeout)
         if self._loop.here:
             raise MemdescError(
                 "a request on the I/O thread would wait for itself: make it on another thread"

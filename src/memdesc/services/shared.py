@@ -16,6 +16,7 @@ from memdesc.services.limits import Limits
 from memdesc.services.link import Link
 from memdesc.vm.pages import Access
 from memdesc.vm.task import Task
+from memdesc.vm.timeouts import deadline_of
 
 _MOST_SHARES = 1 << 16
 """Entries of a list that are read: a service could go on until this process has no memory left."""
@@ -34,7 +35,7 @@ class SharedWith(Link):
     def shares(self, timeout: float | None = 5.0) -> list[protocol.Share]:
         """List what the service shares with this client."""
         found: list[protocol.Share] = []
-        until = None if timeout is None else time.monotonic() + timeout
+        until = deadline_of(timeout)
         while True:
             request = protocol.ListShares(self.next_id(), len(found))
             left = None if until is None else max(until - time.monotonic(), 0)
@@ -90,7 +91,7 @@ class SharedWith(Link):
         ------
         TimedOutError, ShareNotFoundError, PeerGoneError, ClosedError
         """
-        until = None if timeout is None else time.monotonic() + timeout
+        until = deadline_of(timeout)
         if name not in self._lengths:
             self._watch(name)
             self._ask_about(protocol.WatchLength, name, protocol.Length, timeout)
@@ -102,7 +103,7 @@ class SharedWith(Link):
 
     async def wait_length_async(self, name: str, known: int, timeout: float | None = None) -> int:
         """As `wait_length`, for asyncio."""
-        until = None if timeout is None else time.monotonic() + timeout
+        until = deadline_of(timeout)
         if name not in self._lengths:
             self._watch(name)
             await self._ask_about_async(protocol.WatchLength, name, protocol.Length, timeout)

@@ -24,6 +24,7 @@ from memdesc.services.limits import Limits
 from memdesc.services.logs import log
 from memdesc.vm.forks import Flag
 from memdesc.vm.task import Task
+from memdesc.vm.timeouts import check_timeout
 
 if TYPE_CHECKING:
     from memdesc.services.service import Service
@@ -63,6 +64,7 @@ class Succeeded(Accepting):
         bool
             `superseded`; False when the time ran out.
         """
+        check_timeout(timeout)
         self._over.wait(timeout)
         return self.superseded
 

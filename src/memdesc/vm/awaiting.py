@@ -16,7 +16,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from memdesc.errors import AllocationError, TimedOutError
-from memdesc.vm.forks import check_timeout, tell_child
+from memdesc.vm.forks import tell_child
+from memdesc.vm.timeouts import check_timeout
 
 if TYPE_CHECKING:
     import asyncio

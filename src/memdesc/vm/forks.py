@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import _thread
 import contextlib
-import errno
 import os
 import threading
 import time
@@ -18,7 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
-from memdesc.errors import InvalidArgument, TimedOutError
+from memdesc.errors import TimedOutError
+from memdesc.vm.timeouts import deadline_of
 
 _T = TypeVar("_T")
 
@@ -34,14 +34,6 @@ class Heir(Protocol):
 
     def _inherit(self) -> None:
         """Close what must not be held there."""
-
-
-def check_timeout(timeout: float | None) -> None:
-    """Refuse what is no time to wait."""
-    if timeout is not None and not timeout >= 0:
-        raise InvalidArgument(
-            f"timeout is {timeout!r}: give seconds from 0, or None", errno=errno.EINVAL
-        )
 
 
 class _Waiter(Protocol):
@@ -83,8 +75,7 @@ class Condition(_thread.RLock):  # type: ignore[misc]
         late: Callable[[], TimedOutError],
     ) -> _T:
         """Give what `look` gives, with the lock, once that is not None; raise `late()` after."""
-        check_timeout(timeout)
-        until = None if timeout is None else time.monotonic() + timeout
+        until = deadline_of(timeout)
         with self:
             while (found := look()) is None:
                 left = None if until is None else until - time.monotonic()

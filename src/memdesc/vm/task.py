@@ -30,6 +30,7 @@ from memdesc.errors import (
 )
 from memdesc.vm.pages import check_integer
 from memdesc.vm.patience import look_at, read_file
+from memdesc.vm.timeouts import check_timeout
 
 SO_PEERPIDFD = 77  # asm-generic/socket.h, Linux 6.5
 _T = TypeVar("_T")
@@ -229,8 +230,7 @@ class Task:
         bool
             True when the task has ended, False when the time ran out.
         """
-        if timeout is not None and not timeout >= 0:
-            raise InvalidArgument(f"timeout is {timeout}: give seconds, 0 or more, or None")
+        check_timeout(timeout)
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         poller = select.poll()
         poller.register(self.fileno(), select.POLLIN)

@@ -26,6 +26,7 @@ from memdesc.services.link import Link
 from memdesc.services.protocol.calls import Lent
 from memdesc.vm.awaiting import time_limit
 from memdesc.vm.task import Task
+from memdesc.vm.timeouts import check_timeout
 
 
 class CallsTo(Link):
@@ -102,6 +103,7 @@ class CallsTo(Link):
         process_vm_readv and process_vm_writev of private memory. Where the kernel denies these,
         this connection copies for the service what was lent, while the call lasts.
         """
+        check_timeout(timeout)
         form = _form(returns)
         message, outgoing = self._prepared(method, arguments, into, named)
         number = message.id
@@ -175,6 +177,7 @@ class CallsTo(Link):
         """
         import asyncio
 
+        check_timeout(timeout)
         pending = self.begin(method, *arguments, into=into, returns=returns, **named)
         try:
             async with time_limit(timeout, lambda: self._silent(f"{method}()", timeout)):

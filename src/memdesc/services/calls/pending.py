@@ -11,6 +11,7 @@ from memdesc.handover import discard
 from memdesc.services import protocol
 from memdesc.services.failures import rebuilt
 from memdesc.vm.forks import Condition
+from memdesc.vm.timeouts import check_timeout
 
 if TYPE_CHECKING:
     from memdesc.services.calls.calling import CallsTo
@@ -69,6 +70,7 @@ class PendingCall(Future[Any]):
 
     def result(self, timeout: float | None = None) -> Any:
         """Give what the method returned, waiting for it; raises what it raised."""
+        check_timeout(timeout)
         end = self._end_of_connection()
         error: BaseException | None = None
         try:
@@ -84,6 +86,7 @@ class PendingCall(Future[Any]):
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Give what the call raised, or None, waiting for it."""
+        check_timeout(timeout)
         error = self._end_of_connection() or super().exception(timeout)
         return error if error is not None else self._outcome()[1]
 

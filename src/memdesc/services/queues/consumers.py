@@ -24,11 +24,11 @@ from memdesc.errors import (
 from memdesc.memory.closing import no_descriptor
 from memdesc.queues import Consumer, QueueStatistics, notification_pair
 from memdesc.queues.layout import entry_extent
-from memdesc.queues.waiting import deadline_of
 from memdesc.services.accepting import Accepted, Allow
 from memdesc.services.arrivals import Arrivals
 from memdesc.services.queues.books import ClientQueues, Slot
 from memdesc.vm.pages import Direction
+from memdesc.vm.timeouts import deadline_of
 
 if TYPE_CHECKING:
     from memdesc.services.queues.parts import Queueing

@@ -65,7 +65,9 @@ class CallsTo(Link):
             `memdesc.crossing` tells: what lies in a descriptor is not copied. All must stay as it
             is until the call is answered. Parameters named as one of those below: by position.
         timeout : float, optional
-            Seconds; None waits for ever. Then the service is told that nobody waits any more.
+            Seconds for all of the call; None waits for ever. Then the service is told that nobody
+            waits any more. A method that it does not have is not waited for, as `map` waits for
+            what is not shared yet.
         into : buffer or MemoryDescriptor, optional
             Where the service stores the bytes that the method returns, and nowhere else.
         returns : type, optional

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import pickle
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -537,3 +538,21 @@ def test_closing_ends_the_waits_of_other_threads(stream: Stream) -> None:
         thread.join(LIMIT)
     assert outcomes == [md.ClosedError] * 2
     assert taken(blocked) == [1, 2]
+
+
+def test_who_lost_the_cpu_does_not_spin_next_time(stream: Stream) -> None:
+    """As a queue's end. What spins for all of its time never sleeps."""
+    video = subscribe(stream)
+    spin = 10_000_000
+    before = signal.signal(signal.SIGALRM, lambda *_: time.sleep(0.05))  # as another program
+    try:
+        while not video.statistics().sleeps:  # the timer may ring between two of them
+            signal.setitimer(signal.ITIMER_REAL, 0.002)
+            assert not video._sleep(spin, spin)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert video.statistics().sleeps == 1
+    publish(stream, 1)
+    assert video._sleep(spin, spin)
+    video.close()

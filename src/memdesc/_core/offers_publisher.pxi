@@ -9,6 +9,7 @@ cdef class StreamLine:
     cdef md_line line
     cdef MappedMemory memory
     cdef readonly object subscriber  # the subclass's record
+    cdef Patience patience
     cdef object __weakref__
 
     def __init__(self):
@@ -33,7 +34,7 @@ cdef class StreamLine:
         if self.line.shared == NULL:
             raise TypeError("made by StreamPool._add()")
         wait = md_line_wait(&self.line)
-        return bool(_sleep_on(&wait, wanted, spin, limit))
+        return bool(_spin_and_sleep_on(&wait, wanted, spin, limit, &self.patience))
 
 
 @cython.no_gc_clear  # as StreamSubscriber

@@ -7,6 +7,7 @@ cdef class StreamSubscriber:
 
     cdef _Taker of
     cdef bint listens
+    cdef Patience patience
     cdef object __weakref__
 
     def __cinit__(self):
@@ -195,7 +196,8 @@ cdef class StreamSubscriber:
         of.inside += 1
         try:
             # Not `written` as it is by now: then an offer put in just before would wake nobody.
-            return bool(_sleep_on(&wait, of.taker.read + 1, spin, limit))
+            return bool(_spin_and_sleep_on(&wait, of.taker.read + 1, spin, limit,
+                                           &self.patience))
         finally:
             of.inside -= 1
             of.leave()

@@ -65,8 +65,6 @@ cdef enum:
 cdef Py_ssize_t LONG_COPY = 65536  # bytes; below, giving the GIL up costs more than the copy
 cdef int SHORT_SPIN = 32  # turns, about a microsecond: a peer at work answers in less
 cdef uint64_t LONG_SPIN = 10000000  # ns, after which signal handlers get to run
-cdef uint64_t LOST = 500000  # ns more than a spin should take: somebody else had the CPU
-cdef int FEW = 16, MANY = 1024  # waits that do not spin after that
 
 
 @cython.no_gc_clear  # else the collector could take the memory before __dealloc__ says goodbye
@@ -81,7 +79,7 @@ cdef class RingEnd:
     cdef bint listens  # a loop waits on a socket: ask for a waking whenever there is nothing
     cdef uint64_t waits
     cdef public uint64_t _spin  # ns
-    cdef int rest, rests  # waits yet to come that do not spin; how many they were at first
+    cdef Patience patience
     cdef object __weakref__
 
     def __dealloc__(self):
@@ -171,25 +169,17 @@ cdef class RingEnd:
             if md_reached(&on, wanted):
                 return True
             md_pause()
-        if self.rest:
-            self.rest -= 1
-            return False
-        return self.spin_politely(wanted, left)
+        return _may_spin(&self.patience) and self.spin_politely(wanted, left)
 
     cdef bint spin_politely(self, uint64_t wanted, uint64_t left) except -1:
         """Spin and let others run; but not the next times, where they want to run for long."""
-        cdef uint64_t part, latest = md_now() + LOST
+        cdef uint64_t part, began = md_now(), spin = left
         cdef bint met = False
         while left and not met:
             part = left if left < LONG_SPIN else LONG_SPIN
             left -= part
-            latest += part
             met = self.wait(wanted, part, part) or self.state != OPEN
-        if md_now() < latest:
-            self.rests //= 2
-        else:
-            self.rests = min(max(2 * self.rests, FEW), MANY)
-            self.rest = self.rests
+        _spun(&self.patience, began, spin - left)
         return met
 
     def _spin_until(self, uint64_t wanted, deadline):

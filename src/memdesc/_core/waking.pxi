@@ -26,3 +26,47 @@ cdef int _sleep_on(const md_wait *wait, uint64_t wanted, uint64_t spin, uint64_t
     if rc < 0 and rc != -C_EINTR and rc != -C_ETIMEDOUT:
         _check(rc, "futex")
     return rc == 0
+
+
+# Who spins while another program wants the CPU gets it back only when that has had its turn, and
+# hears later than a sleeper that is woken: so where it took long, the next waits do not spin.
+
+cdef uint64_t LOST = 500000  # ns more than a spin should take: somebody else had the CPU
+cdef int FEW = 16, MANY = 1024  # waits that do not spin after that
+
+cdef struct Patience:
+    int rest   # waits yet to come that do not spin
+    int rests  # how many they were at first
+
+
+cdef bint _may_spin(Patience *of):
+    """Whether this wait spins."""
+    if of.rest:
+        of.rest -= 1
+        return False
+    return True
+
+
+cdef void _spun(Patience *of, uint64_t began, uint64_t spin):
+    """Learn from a spin that was to take so many ns at most."""
+    if md_now() < began + spin + LOST:
+        of.rests //= 2
+    else:
+        of.rests = min(max(2 * of.rests, FEW), MANY)
+        of.rest = of.rests
+
+
+cdef int _spin_and_sleep_on(const md_wait *wait, uint64_t wanted, uint64_t spin, uint64_t limit,
+                            Patience *of) except -1:
+    """As `_sleep_on`, but spin only as long as nobody else wants the CPU for long."""
+    cdef uint64_t began
+    cdef bint met
+    spin = min(spin, limit)
+    if spin and _may_spin(of):
+        began = md_now()
+        met = _sleep_on(wait, wanted, spin, spin)
+        _spun(of, began, spin)
+        if met or spin == limit:
+            return met
+        limit -= spin
+    return _sleep_on(wait, wanted, 0, limit)

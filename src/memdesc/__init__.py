@@ -150,8 +150,8 @@ if TYPE_CHECKING:
     from memdesc.services.calls.pending import PendingCall as PendingCall
     from memdesc.services.connecting import connect_async as connect_async
     from memdesc.services.connection import Connection as Connection, connect as connect
-    from memdesc.services.events import Event as Event, Events as Events
     from memdesc.services.limits import Limits as Limits
+    from memdesc.services.listening import Event as Event, Events as Events
     from memdesc.services.queues import (
         ClientConsumers as ClientConsumers,
         ClientProducers as ClientProducers,
@@ -204,7 +204,7 @@ _EXPORTS = {
     "memdesc.services.connection": "Connection connect",
     "memdesc.services.connecting": "connect_async",
     "memdesc.services.queues": "ClientConsumers ClientProducers",
-    "memdesc.services.events": "Event Events",
+    "memdesc.services.listening": "Event Events",
     "memdesc.services.limits": "Limits",
     "memdesc.services.calls.pending": "PendingCall",
     "memdesc.services.reconnect": "ReconnectingConnection",

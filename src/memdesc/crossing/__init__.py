@@ -10,7 +10,8 @@ Below `copyio` and all that hands memory over, as they ask here; so it knows not
 descriptors, only what kind of memory a block lies in. Nothing is ever measured unasked.
 """
 
-from memdesc.crossing.measurement import calibrate as calibrate
+from typing import TYPE_CHECKING
+
 from memdesc.crossing.settings import (
     Calibration as Calibration,
     Origin as Origin,
@@ -27,6 +28,19 @@ from memdesc.crossing.ways import (
     way_for as way_for,
     way_to_copy as way_to_copy,
 )
+
+if TYPE_CHECKING:
+    from memdesc.crossing.measurement import calibrate as calibrate
+
+
+def __getattr__(name: str) -> object:
+    """Load the measurement when it is asked for: hardly any program does."""
+    if name != "calibrate":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from memdesc.crossing.measurement import calibrate
+
+    return calibrate
+
 
 __all__ = [
     "Way",

@@ -15,11 +15,11 @@ from memdesc.descriptors.base import MemoryDescriptor
 from memdesc.descriptors.buffer import BufferMemoryDescriptor
 from memdesc.errors import InvalidArgument, PeerGoneError, RangeError
 from memdesc.queues.layout import ENTRY_HEADER, MAX_CAPACITY, entry_extent, memory_for
-from memdesc.queues.waiting import SPIN, End
+from memdesc.queues.waiting import End
 from memdesc.vm.awaiting import until
 from memdesc.vm.pages import Access, check_length
 from memdesc.vm.task import Task
-from memdesc.vm.timeouts import deadline_of
+from memdesc.vm.timeouts import SPIN, deadline_of
 
 if TYPE_CHECKING:
     import socket as sockets

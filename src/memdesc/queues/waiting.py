@@ -25,9 +25,6 @@ from memdesc.vm.timeouts import check_timeout
 if TYPE_CHECKING:
     import socket as sockets
 
-SPIN = 50e-6
-"""Seconds that a wait spins before it sleeps: about what one waking costs both sides."""
-
 GLANCE = 0.25
 """Seconds that a wait sleeps before it looks whether the other end still lives."""
 

@@ -18,10 +18,10 @@ from memdesc.errors import (
 from memdesc.services import folder
 from memdesc.services.arrays import ArraysOf
 from memdesc.services.calls.calling import CallsTo
-from memdesc.services.events import Listening
 from memdesc.services.limits import Limits, check_limits
-from memdesc.services.queues.parts import QueuedTo
-from memdesc.services.streams import Subscribing
+from memdesc.services.listening import Listening
+from memdesc.services.opening import QueuedTo
+from memdesc.services.subscribing import Subscribing
 from memdesc.vm.task import Task
 from memdesc.vm.timeouts import check_timeout
 

@@ -18,7 +18,7 @@ from memdesc.errors import (
     TimedOutError,
 )
 from memdesc.memory.page_kinds import PageKind
-from memdesc.queues.waiting import GLANCE, SPIN, time_left, timed_out
+from memdesc.queues.waiting import GLANCE, time_left, timed_out
 from memdesc.streams.ends import INHERITED, encode, register
 from memdesc.streams.layout import HEADER, form_of
 from memdesc.streams.subscriber import (
@@ -36,7 +36,7 @@ from memdesc.vm.awaiting import in_thread, until
 from memdesc.vm.forks import lock_for
 from memdesc.vm.pages import check_integer
 from memdesc.vm.task import Task
-from memdesc.vm.timeouts import deadline_of
+from memdesc.vm.timeouts import SPIN, deadline_of
 
 if TYPE_CHECKING:
     import socket as sockets

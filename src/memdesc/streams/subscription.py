@@ -19,7 +19,7 @@ from memdesc.errors import (
 )
 from memdesc.mapping import LocalMemoryMap
 from memdesc.queues.notify import clear, own_socket
-from memdesc.queues.waiting import GLANCE, SPIN, time_left, timed_out
+from memdesc.queues.waiting import GLANCE, time_left, timed_out
 from memdesc.streams.ends import (
     INHERITED,
     decode,
@@ -33,7 +33,7 @@ from memdesc.vm.awaiting import Sleepers, readable, until
 from memdesc.vm.forks import lock_for
 from memdesc.vm.pages import Access
 from memdesc.vm.task import Task
-from memdesc.vm.timeouts import deadline_of
+from memdesc.vm.timeouts import SPIN, deadline_of
 
 if TYPE_CHECKING:
     import socket as sockets

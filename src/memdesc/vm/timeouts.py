@@ -8,6 +8,9 @@ import time
 
 from memdesc.errors import InvalidArgument
 
+SPIN = 50e-6
+"""Seconds that a wait spins before it sleeps: about what one waking costs both sides."""
+
 
 def check_timeout(timeout: object) -> None:
     """Raise `InvalidArgument` (EINVAL) for what is neither None nor a number of seconds from 0."""

@@ -25,9 +25,9 @@ from memdesc.dma.cuda.driver import CAPTURING, Driver, Kind
 from memdesc.dma.cuda.place import Place
 from memdesc.dma.cuda.registrations import Claim
 from memdesc.errors import ClosedError, DeviceError
-from memdesc.queues.waiting import SPIN, time_left, timed_out
+from memdesc.queues.waiting import time_left, timed_out
 from memdesc.vm.forks import lock_for, tell_child
-from memdesc.vm.timeouts import deadline_of
+from memdesc.vm.timeouts import SPIN, deadline_of
 
 if TYPE_CHECKING:
     import asyncio

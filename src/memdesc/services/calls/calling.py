@@ -7,7 +7,7 @@ import functools
 import socket as sockets
 import weakref
 from collections.abc import Callable
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from memdesc.errors import (
     InvalidArgument,
@@ -19,7 +19,6 @@ from memdesc.services import protocol
 from memdesc.services.calls.incoming import Form, Incoming, count_files, decoding
 from memdesc.services.calls.lent import LentMemory
 from memdesc.services.calls.outgoing import Outgoing
-from memdesc.services.calls.pending import PendingCall
 from memdesc.services.copier import read_own, write_own
 from memdesc.services.limits import Limits
 from memdesc.services.link import Link
@@ -27,6 +26,9 @@ from memdesc.services.protocol.calls import Lent
 from memdesc.vm.awaiting import time_limit
 from memdesc.vm.task import Task
 from memdesc.vm.timeouts import check_timeout
+
+if TYPE_CHECKING:
+    from memdesc.services.calls.pending import PendingCall
 
 
 class CallsTo(Link):
@@ -141,6 +143,8 @@ class CallsTo(Link):
         PendingCall
             A `concurrent.futures.Future`.
         """
+        from memdesc.services.calls.pending import PendingCall
+
         if self._loop.here:
             raise MemdescError("a call on the I/O thread: make it on another thread")
         read = functools.partial(_read, self.task, _form(returns))

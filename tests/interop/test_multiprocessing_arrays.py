@@ -341,6 +341,9 @@ def test_the_receivers_rights_are_the_senders_choice() -> None:
             assert no.value.errno == errno.EACCES
         with pytest.raises(md.InvalidArgument):
             handles.writable(np.arange(3))
+        with pytest.raises(md.InvalidArgument) as no:
+            handles.writable(md.descriptor_of(opened))
+        assert no.value.errno == errno.EINVAL
 
 
 def test_a_mark_goes_with_its_array(installed: None) -> None:

@@ -166,13 +166,19 @@ def writable(array: Array) -> Array:
     Raises
     ------
     InvalidArgument
-        It lies in no descriptor, so what is received is a copy.
+        It lies in no descriptor, so what is received is a copy; or it is no array (EINVAL).
     SealedError
         It is read-only, or its descriptor gives others no more: make that with
         ``max_access=READ_WRITE`` (EACCES).
     """
     import errno
 
+    if not hasattr(array, "flags"):
+        raise InvalidArgument(
+            f"{type(array).__name__} is no NumPy array; a descriptor gives its receivers what its "
+            "max_access allows, and needs no writable()",
+            errno=errno.EINVAL,
+        )
     home = home_of(array)
     if home is None:
         raise InvalidArgument(

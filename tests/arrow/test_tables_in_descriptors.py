@@ -219,12 +219,13 @@ def test_memory_that_can_still_change_must_be_asked_for(max_access: md.Access) -
     buffer = md.BufferMemoryDescriptor(len(data), max_access=max_access)
     buffer.write_bytes(0, data)
     frozen = buffer.snapshot()
-    for memory in (buffer, buffer.map(), buffer.array(), memoryview(buffer), data, np.zeros(9)):
+    private = bytearray(data)
+    for memory in (buffer, buffer.map(), buffer.array(), memoryview(buffer), private, np.zeros(9)):
         with pytest.raises(md.SealedError) as no:
             arrow.table(memory)
         assert no.value.errno == errno.EPERM
     part = md.SubMemoryDescriptor(frozen, 0, frozen.length)
-    for memory in (frozen, frozen.map(unique=True), frozen.array(), memoryview(frozen), part):
+    for memory in (frozen, frozen.map(unique=True), frozen.array(), memoryview(frozen), part, data):
         assert arrow.table(memory).to_pydict() == ROWS
     trusted = arrow.table(buffer, trusted=True)
     assert trusted.column("price").to_pylist() == ROWS["price"]
@@ -232,6 +233,21 @@ def test_memory_that_can_still_change_must_be_asked_for(max_access: md.Access) -
     buffer.write_bytes(at, np.float64(7).tobytes())
     assert trusted.column("price")[0].as_py() == 7  # what the refusal is for
     assert arrow.table(frozen).column("price")[0].as_py() == 99.5
+
+
+def test_bytes_are_immutable_and_checked() -> None:
+    class Bytes(bytes):
+        """May have a __buffer__ of its own (PEP 688), of whatever memory."""
+
+    data = stream_of(pa.table(ROWS))
+    with pytest.raises(md.SealedError):
+        arrow.table(Bytes(data))
+    wrong = bytearray(data)
+    at = wrong.index(b"\1\0\0\0\2\0\0\0\2\0\0\0")  # where the texts end
+    wrong[at : at + 4] = (1 << 30).to_bytes(4, "little")
+    with pytest.raises(md.InvalidArgument) as no:
+        arrow.table(bytes(wrong))
+    assert no.value.errno == errno.EBADMSG
 
 
 def test_a_private_mapping_of_immutable_memory_is_not_immutable() -> None:

@@ -112,7 +112,8 @@ def table(memory: Buffer, *, trusted: bool = False) -> pa.Table:
     ----------
     memory : MemoryDescriptor, LocalMemoryMap, numpy.ndarray or other buffer
         With an Arrow IPC stream, as `to_descriptor` makes one, or an Arrow file. Such as
-        ``connection[name]``, a descriptor that was received, a stream's ``slot.array``.
+        ``connection[name]``, a descriptor that was received, a stream's ``slot.array``; or a copy
+        of this task's own, ``bytes(slot.array)``.
     trusted : bool
         Whoever wrote the memory, or still may, is trusted as this program's own code is: nothing
         is validated, and the memory need not be immutable.
@@ -157,7 +158,7 @@ def table(memory: Buffer, *, trusted: bool = False) -> pa.Table:
     """
     pa = _pyarrow()
     view = bytes_of(memory).toreadonly()
-    if not trusted and not lies_immutable(memory):
+    if not (trusted or type(memory) is bytes or lies_immutable(memory)):
         raise SealedError(
             f"the memory of {view.nbytes:,} bytes can still be changed, so what is checked of it "
             "now proves nothing later: have its owner share to_descriptor(...) or a snapshot(), "

@@ -246,7 +246,8 @@ cdef class Exporter:
     def __reduce__(self):
         raise TypeError(
             f"{type(self).__name__} can not be pickled: memory travels through multiprocessing, "
-            "a Service, or send_descriptor; for a copy of its bytes pickle read_bytes()"
+            "a Service, send_descriptor, or Dask's client.scatter; for a copy of its bytes pickle "
+            "read_bytes()"
         )
 
 

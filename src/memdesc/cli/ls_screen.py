@@ -198,7 +198,7 @@ def _made_of(objects: Sequence[dict[str, Any]]) -> list[str]:
 
 def hidden(tasks: int, pids: Sequence[int] = ()) -> str:
     """Say that some tasks could not be looked at, which, and what shows them."""
-    remedy = "run as root to see what they have" if os.geteuid() else "this root may not trace them"
+    remedy = "run as root to see more" if os.geteuid() else "this root may not trace all"
     return f"{count(tasks, 'task')}{_which(pids)} can not be looked at from here: {remedy}."
 
 

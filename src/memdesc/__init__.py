@@ -21,6 +21,9 @@ Where to begin; `help(memdesc.Service)` and so on tells more:
 * `files.FileServer`, `files.load`  arrays of files, loaded once, served to any process
 * `empty`, `zeros`, `asarray`, `Slab`, `descriptor_of`   NumPy arrays that live in descriptors
 * `interop.multiprocessing`        such arrays as handles through Process, Queue, Pipe and Pool
+* `interop.dask`                   such arrays as handles between the Dask workers of a host
+* `interop.arrow`, `interop.torch`   tables of PyArrow, tensors of PyTorch, in descriptors
+* `interop.shared_memory`          in the place of multiprocessing.shared_memory
 * `recycler`                       what is kept of freed buffers for the next ones
 * `debug`                          where what is open was made, and who holds its views
 * `Access`, `Direction`, `PageKind`, `Contents`    words for arguments

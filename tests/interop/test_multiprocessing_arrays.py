@@ -568,7 +568,7 @@ def test_a_holder_without_descriptors_says_so_and_goes_on(installed: None) -> No
         with pytest.raises(md.MappingError) as no:
             ForkingPickler.dumps(numbers(3))
         assert no.value.reason is md.MappingReason.TOO_MANY_FILES
-        transit.Link(holder.address).keep(b"0123456789abcdef", [os.dup(go)])
+        transit.Link(holder.address).keep(b"0123456789abcdef", [os.memfd_create("kept")])
         theirs.send(numbers(4))
 
     pid = start(send)

@@ -22,7 +22,7 @@ from memdesc.errors import (
     ProtocolError,
 )
 from memdesc.mapping import Extent
-from memdesc.memory.closing import close_all, discard
+from memdesc.memory.closing import close_all, discard, is_memory
 from memdesc.memory.foreign import ForeignObject
 from memdesc.vm.pages import MAX_LENGTH, Access, Direction
 
@@ -144,12 +144,26 @@ def too_many_files(error: OSError | None) -> MappingError:
 def pack(
     descriptor: MemoryDescriptor, access: Access | None, *, enforced: bool, user: int
 ) -> tuple[Portable, list[int]]:
-    """Make a descriptor's portable form and its file descriptors (the caller closes them)."""
+    """Make a descriptor's portable form and its file descriptors (the caller closes them).
+
+    Raises
+    ------
+    SealedError, MappingError
+        It can not be granted so; CAN_SHRINK: no receiver would take it (EPERM).
+    """
     check_descriptor(descriptor, "what is handed over")
     access = descriptor.max_access if access is None else Access(access)
     descriptor._check_map_range(0, None)
     extents = descriptor._extents(0, descriptor.length, access)
     pieces, fds = give(extents, access, enforced=enforced, user=user)
+    if not all(map(is_memory, fds)):
+        close_all(fds)
+        raise MappingError(
+            f"{descriptor.name!r} lies in a file that is no memory of the kernel's: who is given "
+            "it can not know that its pages stay there, and refuses it; send its bytes",
+            reason=MappingReason.CAN_SHRINK,
+            errno=errno.EPERM,
+        )
     portable = portable_type()(
         version=_VERSION,
         name=travelling(descriptor.name),

@@ -36,7 +36,7 @@ from memdesc.errors import (
 )
 from memdesc.handover.sockets import receive_once, send_with_fds
 from memdesc.loop import loop
-from memdesc.memory.closing import close_all, discard
+from memdesc.memory.closing import close_all, discard, is_memory
 from memdesc.vm import tracing
 from memdesc.vm.forks import lock_for
 
@@ -45,10 +45,10 @@ YES, NO, NO_FILES, TOO_MUCH = b"y", b"n", b"f", b"l"
 TOKEN = 16
 _COUNTS = struct.Struct("<4Q")
 ANSWER = 1 + _COUNTS.size
-_CREDENTIALS = struct.Struct("3i")
+_CREDENTIALS = struct.Struct("iII")
 _SHARE = 3, 4
 """Of the file descriptors that its process may have, what a holder keeps at most: whatever nobody
-ever takes leaves the program some to go on with."""
+ever takes, and whoever connects, leaves the program some to go on with."""
 _BLOCK = 512
 _PAUSE = 0.05
 _BACKLOG = 256
@@ -109,9 +109,8 @@ class Holder:
         self._tokens: dict[bytes, list[InTransit]] = {}
         self._objects: dict[tuple[int, int, int], InTransit] = {}
         self._nbytes = 0
-        self._links: set[sockets.socket] = set()
+        self._links: dict[sockets.socket, None] = {}  # who asked last comes last
         self._lock = lock_for(self)
-        self._busy = False
         self._loop = loop()
         self._sock = sockets.socket(sockets.AF_UNIX, sockets.SOCK_SEQPACKET)
         try:
@@ -127,19 +126,15 @@ class Holder:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
+        if self._lock._is_owned():
+            raise MappingError(
+                "a signal handler sends or receives a handle in the midst of its own thread's "
+                "doing so: do it outside of the handler",
+                reason=MappingReason.NOT_ANSWERING,
+                errno=errno.EBUSY,
+            )
         with self._lock:
-            if self._busy:
-                raise MappingError(
-                    "a signal handler sends or receives a handle in the midst of its own thread's "
-                    "doing so: do it outside of the handler",
-                    reason=MappingReason.NOT_ANSWERING,
-                    errno=errno.EBUSY,
-                )
-            self._busy = True
-            try:
-                yield
-            finally:
-                self._busy = False
+            yield
 
     def keep(self, token: bytes, fds: Sequence[int], sender: int = 0) -> None:
         """Keep the descriptors of a handle until it is taken; takes them over.
@@ -176,8 +171,7 @@ class Holder:
     def _check_room(self, objects: int, nbytes: int) -> None:
         if not objects:
             return
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] * _SHARE[0] // _SHARE[1]
-        if len(self._objects) + objects > most:
+        if len(self._objects) + objects > _most_descriptors():
             raise too_many_objects(self.counts())
         if self.limit is not None and self._nbytes + nbytes > self.limit:
             raise too_much(self.counts(), self.limit)
@@ -206,7 +200,8 @@ class Holder:
 
     def forget(self, tokens: Sequence[bytes]) -> None:
         """Close what was not taken of these; for finalizers, it waits for no lock."""
-        self._loop.post(lambda: self._forget(tokens))
+        if not self.closed:  # as in a fork child, which has no thread for that
+            self._loop.post(lambda: self._forget(tokens))
 
     def _forget(self, tokens: Sequence[bytes]) -> None:
         with self._alone():
@@ -259,7 +254,9 @@ class Holder:
             link.close()
             return
         link.setblocking(False)
-        self._links.add(link)
+        if self._links and len(self._links) + len(self._objects) >= _most_descriptors():
+            self._hang_up(next(iter(self._links)))  # who comes back for more connects again
+        self._links[link] = None
         self._loop.watch(link.fileno(), lambda _: self._serve(link))
 
     def _serve(self, link: sockets.socket) -> None:
@@ -268,6 +265,7 @@ class Holder:
             message, fds, dropped = receive_once(link, 2 + TOKEN)  # one more than there should be
             if not message:
                 raise PeerGoneError("it has ended", errno=errno.ECONNRESET)
+            self._links[link] = self._links.pop(link)
             answer, given = self._answer(link, message, fds, dropped)
         except BlockingIOError:
             return
@@ -287,17 +285,21 @@ class Holder:
     ) -> tuple[bytes, list[int]]:
         what, token = message[:1], message[1:]
         form = what, len(token)
-        if form not in ((KEEP, TOKEN), (TAKE, TOKEN), (COUNT, 0)) or (fds and what != KEEP):
+        wrong = form not in ((KEEP, TOKEN), (TAKE, TOKEN), (COUNT, 0)) or (fds and what != KEEP)
+        # Of a file of another kind its server may make us wait; a token is for one handle.
+        if wrong or not all(map(is_memory, fds)) or (what == KEEP and token in self._tokens):
             raise ProtocolError("it says what no process of the family does", errno=errno.EPROTO)
         if what == COUNT:
             return YES, []
         if what == TAKE:
             return self._given(token)
-        if dropped or not fds:
+        if dropped or not fds or max(fds) >= _most_descriptors():
             discard(fds)
             return NO_FILES, []
+        came = fds[:]
+        fds.clear()  # they are taken over
         try:
-            self.keep(token, fds, peer_of(link)[0])
+            self.keep(token, came, peer_of(link)[0])
         except LimitError:
             return TOO_MUCH, []
         except MappingError:
@@ -314,7 +316,7 @@ class Holder:
 
     def _hang_up(self, link: sockets.socket) -> None:
         self._loop.forget(link.fileno())
-        self._links.discard(link)
+        self._links.pop(link, None)
         link.close()
 
     # -- its end -----------------------------------------------------------------------------------
@@ -359,6 +361,10 @@ class Holder:
         close_all([one.fd for one in self._objects.values()])
         self._tokens.clear()
         self._objects.clear()
+
+
+def _most_descriptors() -> int:
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] * _SHARE[0] // _SHARE[1]
 
 
 def peer_of(sock: sockets.socket) -> tuple[int, int]:

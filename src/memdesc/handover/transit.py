@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import select
 import socket as sockets
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ from contextlib import closing
 from multiprocessing import util
 from typing import Protocol
 
-from memdesc.errors import AccessDeniedError, PeerGoneError
+from memdesc.errors import AccessDeniedError, PeerGoneError, TimedOutError
 from memdesc.handover.forms import too_many_files
 from memdesc.handover.holder import (
     ANSWER,
@@ -51,6 +52,7 @@ from memdesc.vm.forks import lock_for, tell_child
 PREFIX = b"\0memdesc-transit-"
 PATIENCE = 60.0
 """Seconds that a holder has for an answer: its process may be stopped, or hold the GIL."""
+_PAUSE = 0.005
 _NAMED = 5
 
 
@@ -76,11 +78,11 @@ class Link:
         self.address = address
         self.limit: int | None = None
         self._lock = lock_for(self)
-        self._busy = False
         self._sock = sockets.socket(sockets.AF_UNIX, sockets.SOCK_SEQPACKET)
+        patience = PATIENCE if patience is None else patience
         try:
-            self._sock.settimeout(PATIENCE if patience is None else patience)
-            self._sock.connect(address)
+            self._sock.settimeout(patience)
+            self._connect(patience)
             self.pid, user = peer_of(self._sock)
             if user != os.geteuid():
                 raise AccessDeniedError(
@@ -99,6 +101,22 @@ class Link:
         except BaseException:
             self._sock.close()
             raise
+
+    def _connect(self, patience: float) -> None:
+        """Connect, trying again while too many wait for it: any user may, and it may be stopped."""
+        until = time.monotonic() + patience
+        while True:
+            try:
+                self._sock.connect(self.address)
+                return
+            except BlockingIOError as error:
+                if time.monotonic() >= until:
+                    raise TimedOutError(
+                        f"what keeps the memory took no connection within {patience:g} s: its "
+                        "queue of those who wait is full (stopped?)",
+                        errno=errno.ETIMEDOUT,
+                    ) from error
+            time.sleep(_PAUSE)
 
     def keep(self, token: bytes, fds: Sequence[int]) -> None:
         """Have descriptors kept there; closes them."""
@@ -122,19 +140,16 @@ class Link:
         return self._counts
 
     def _ask(self, message: bytes, fds: Sequence[int]) -> list[int]:
+        if self._lock._is_owned():  # a signal handler of the thread that waits further down
+            with closing(Link(self.address)) as other:
+                return other._ask(message, fds)
         with self._lock:
-            if self._busy:  # a signal handler of the thread that waits for its answer further down
-                with closing(Link(self.address)) as other:
-                    return other._ask(message, fds)
-            self._busy = True
             try:
                 send_with_fds(self._sock, message, fds)
                 answer, came = receive_with_fds(self._sock, ANSWER, ANSWER)
             except BaseException:
                 self.close()  # the answer to come would be taken for that to the next question
                 raise
-            finally:
-                self._busy = False
         self._counts, limit = counts_in(answer)
         self.limit = limit or None
         if answer[:1] == YES:

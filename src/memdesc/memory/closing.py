@@ -17,6 +17,8 @@ _PATIENCE = 0.1
 """Seconds that one closing is given all the same: nearly always it takes a few microseconds."""
 
 _last: threading.Thread | None = None
+_left: list[int] = []
+"""What no thread could be had for; the next one closes it."""
 
 
 def close_all(fds: Sequence[int]) -> None:
@@ -28,20 +30,27 @@ def close_all(fds: Sequence[int]) -> None:
 def discard(fds: Sequence[int]) -> None:
     """Close descriptors that a stranger sent; returns soon, also where he holds up the closing."""
     global _last
-    memory = [fd for fd in fds if _is_memory(fd)]
+    memory = [fd for fd in fds if is_memory(fd)]
     close_all(memory)
     others = [fd for fd in fds if fd not in memory]
     if not others:
         return
     stuck = _last is not None and _last.is_alive()  # then patience has been tried already
+    while _left:
+        others.append(_left.pop())
     closer = threading.Thread(target=close_all, args=(others,), name="memdesc-close", daemon=True)
-    closer.start()
+    try:
+        closer.start()
+    except RuntimeError:  # this user may have no more
+        _left.extend(others)
+        return
     if not stuck:
         _last = closer
         closer.join(_PATIENCE)
 
 
-def _is_memory(fd: int) -> bool:
+def is_memory(fd: int) -> bool:
+    """Whether it is a file of a memory file system: nobody can hold up who asks, or closes it."""
     try:
         return fcntl.fcntl(fd, fcntl.F_GET_SEALS) >= 0
     except OSError:  # EINVAL; EBADF for O_PATH

@@ -1,0 +1,236 @@
+"""What keeps handles on their way, attacked by a task of its own user, or held up by any."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import resource
+import socket
+import threading
+from collections.abc import Iterator
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from typing import Any
+
+import pytest
+from children import become, in_child
+from puppets import count_fds, end_holder, wait_until
+
+import memdesc as md
+from memdesc import _core
+from memdesc.handover import transit
+from memdesc.handover.holder import ANSWER, KEEP, NO_FILES, TOKEN, YES, Holder, peer_of
+from memdesc.interop import multiprocessing as handles
+from memdesc.memory import closing
+
+PAGE = md.page_size
+NOTHING = handles.Transit(0, 0, 0)
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def no_holder() -> Iterator[None]:
+    end_holder()
+    yield
+    handles.forget_in_transit()
+    end_holder()
+
+
+def dumped() -> bytes:
+    return bytes(ForkingPickler.dumps(md.BufferMemoryDescriptor(PAGE, recycle=False)))
+
+
+def holder() -> Holder:
+    """This process's, which keeps nothing yet."""
+    dumped()
+    handles.forget_in_transit()
+    found = transit.ways.holder
+    assert found is not None
+    return found
+
+
+def stranger(address: bytes) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sock.settimeout(60)
+    sock.connect(address)
+    return sock
+
+
+def leave(sock: socket.socket, fd: int, token: bytes) -> bytes:
+    """Leave a descriptor; the answer's letter, or nothing where it hung up."""
+    socket.send_fds(sock, [KEEP + token], [fd])
+    return sock.recv(ANSWER)[:1]
+
+
+def test_who_connects_without_end_leaves_the_program_its_descriptors() -> None:
+    def work() -> tuple[bytes, list[int]]:
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))
+        keeps = holder()
+
+        def flood() -> bytes:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(300, hard), hard))
+            honest = stranger(keeps.address)
+            came = [leave(honest, os.memfd_create("kept"), os.urandom(TOKEN))]
+            idle = [stranger(keeps.address) for _ in range(min(300, hard) - 40)]
+            came.append(leave(idle[-1], os.memfd_create("kept"), os.urandom(TOKEN)))
+            while came[-1] == YES:
+                fd = os.memfd_create("kept")
+                came.append(leave(idle[-1], fd, os.urandom(TOKEN)))
+                os.close(fd)
+            return came[0] + came[1] + came[-1]
+
+        return in_child(flood), [os.dup(0) for _ in range(10)]
+
+    letters, spare = in_child(work)
+    assert letters == YES + YES + NO_FILES
+    assert len(spare) == 10
+
+
+def test_a_link_that_was_hung_up_for_others_is_made_again() -> None:
+    keeps = holder()
+
+    def send() -> int:
+        dumped()
+        wait_until(lambda: all(link.closed for link in transit.ways._links.values()))
+        return len(dumped())
+
+    dropped = threading.Thread(target=lambda: _drop_one(keeps))
+    dropped.start()
+    assert in_child(send) > 0
+    dropped.join(60)
+    assert handles.in_transit().handles == 2
+
+
+def _drop_one(keeps: Holder) -> None:
+    wait_until(lambda: bool(keeps._tokens and keeps._links))
+    keeps._loop.run(lambda: keeps._hang_up(next(iter(keeps._links))))
+
+
+def test_a_token_is_for_one_handle() -> None:
+    keeps = holder()
+    fds = count_fds()
+    with stranger(keeps.address) as sock:
+        one, two = os.memfd_create("one"), os.memfd_create("two")
+        assert leave(sock, one, b"t" * TOKEN) == YES
+        assert leave(sock, two, b"t" * TOKEN) == b""
+        os.close(one), os.close(two)
+    assert handles.forget_in_transit().objects == 1
+    assert handles.in_transit() == NOTHING
+    wait_until(lambda: count_fds() <= fds)
+
+
+@pytest.mark.parametrize("what", ["pipe", "file", "path"])
+def test_what_is_no_memory_is_not_kept(what: str, tmp_path: Path) -> None:
+    """Who asks a file of a FUSE server for its size waits for that; so does who closes it."""
+    if what == "pipe":
+        fd, other = os.pipe()
+        os.close(other)
+    elif what == "file":
+        fd = os.open(tmp_path, os.O_RDONLY)
+    else:
+        memory = os.memfd_create("kept")
+        fd = os.open(f"/proc/self/fd/{memory}", os.O_PATH)
+        os.close(memory)
+    with stranger(holder().address) as sock:
+        assert leave(sock, fd, os.urandom(TOKEN)) == b""
+    os.close(fd)
+    assert handles.in_transit() == NOTHING
+
+
+def test_what_no_receiver_would_take_is_refused_where_it_is_sent(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(PAGE))
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), PAGE) as mapped:
+        address = _core.buffer_address(mapped)[0]
+        there = md.MemoryDescriptor.with_address_range(
+            address, PAGE, md.Direction.OUT_IN, trust_size=True
+        )
+        with there, pytest.raises(md.MappingError) as no:
+            ForkingPickler.dumps(there)
+    if no.value.reason is not md.MappingReason.CAN_SHRINK:
+        pytest.skip(f"the kernel does not let this user open what it has mapped: {no.value}")
+    assert no.value.errno == errno.EPERM
+    assert handles.in_transit() == NOTHING
+
+
+def full_backlog() -> tuple[socket.socket, bytes, list[socket.socket]]:
+    """Who listens and takes nobody in, as a stopped holder; and who waits there, of any user."""
+    address = b"\0memdesc-transit-" + os.urandom(16).hex().encode()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(address)
+    listener.listen(0)
+    waiting = []
+    with pytest.raises(BlockingIOError):
+        while True:
+            waiting.append(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            waiting[-1].setblocking(False)
+            waiting[-1].connect(address)
+    return listener, address, waiting
+
+
+def test_where_too_many_wait_one_waits_too_but_not_for_ever() -> None:
+    listener, address, waiting = full_backlog()
+    with pytest.raises(md.TimedOutError) as late:
+        transit.Link(address, 0.05)
+    assert late.value.errno == errno.ETIMEDOUT
+    begun = threading.Event()
+
+    def take_in() -> None:
+        begun.wait(60)
+        listener.accept()[0].close()
+
+    thread = threading.Thread(target=take_in)
+    thread.start()
+    threading.Timer(0.02, begun.set).start()
+    link = transit.Link(address, 60)
+    assert link.pid == os.getpid()
+    thread.join(60)
+    link.close()
+    for sock in (listener, *waiting):
+        sock.close()
+
+
+def test_what_an_argument_is_kept_for_is_collected_in_a_fork_child(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    class Owner:
+        """A process that is being started."""
+
+    owner = [Owner()]
+    holder()
+    form = dumped()
+    (token,) = transit.ways.holder._tokens  # type: ignore[union-attr]
+    transit.forget_with(owner[0], token)
+    assert in_child(lambda: owner.clear()) is None
+    assert capfd.readouterr().err == ""
+    assert ForkingPickler.loads(form).length == PAGE
+
+
+@pytest.mark.parametrize("uid", [2**31, 2**32 - 2])
+def test_users_of_large_numbers(uid: int) -> None:
+    def ask() -> tuple[int, bool]:
+        one, two = socket.socketpair()
+        with one, two:
+            return peer_of(one)[1], len(ForkingPickler.dumps(_made())) > 0
+
+    assert in_child(lambda: in_child(ask), before=lambda: become(uid)) == (uid, True)
+
+
+def _made() -> Any:
+    return md.BufferMemoryDescriptor(PAGE)
+
+
+def test_what_no_thread_could_close_the_next_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    fds = count_fds()
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", fails)
+        closing.discard(list(os.pipe()))
+    assert count_fds() == fds + 2
+    closing.discard(list(os.pipe()))
+    wait_until(lambda: count_fds() <= fds)

@@ -14,7 +14,8 @@ The capabilities, each with what a service and its user clients have of it and, 
 own, what a connection has: a program that only connects loads nothing of the other side.
 
 * `sharing`, `shared`: descriptors under names (`arrays`: as NumPy sees them)
-* `queues`, `opening`: a data queue for each client (`errands`: what takes too long for the I/O thread)
+* `queues`, `opening`: a data queue for each client (`errands`: what takes too long for the I/O
+  thread)
 * `streams`, `subscribing`: slots of memory, filled by the service, seen in place by its clients
 * `events`, `listening`: what a service tells its clients of (`arrivals`: waiting for it)
 * `calls`: a service's methods, called by its clients

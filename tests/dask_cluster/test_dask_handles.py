@@ -471,6 +471,13 @@ def test_the_inbox_is_there_as_long_as_one_receives() -> None:
     assert first.collected == 4
 
 
+def test_what_is_no_client_is_not_attached() -> None:
+    with pytest.raises(md.InvalidArgument) as no:
+        plugin.attach(Node())
+    assert no.value.errno == errno.EINVAL
+    assert ends.host is None
+
+
 def test_without_distributed_the_error_says_what_to_install() -> None:
     code = (
         "import sys; sys.modules['distributed'] = None\n"

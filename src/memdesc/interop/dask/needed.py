@@ -4,6 +4,7 @@ from __future__ import annotations
 
 try:
     from dask.sizeof import sizeof
+    from distributed import Client
     from distributed.diagnostics.plugin import WorkerPlugin
     from distributed.protocol import dask_deserialize, dask_serialize, numpy as plain
 except ModuleNotFoundError as error:
@@ -12,4 +13,4 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
-__all__ = ["WorkerPlugin", "dask_deserialize", "dask_serialize", "plain", "sizeof"]
+__all__ = ["Client", "WorkerPlugin", "dask_deserialize", "dask_serialize", "plain", "sizeof"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import weakref
 from typing import Any, final
 
+from memdesc.errors import InvalidArgument
 from memdesc.interop.dask import handles
 from memdesc.interop.dask.ends import ends
-from memdesc.interop.dask.needed import WorkerPlugin
+from memdesc.interop.dask.needed import Client, WorkerPlugin
 
 _attached: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 """By worker or client: what ends its receiving, once."""
@@ -55,7 +57,8 @@ class Plugin(WorkerPlugin):  # type: ignore[misc]
 
     Notes
     -----
-    Replaces one that was registered before. Threads: safe. Fork: the child receives nothing.
+    Replaces one that was registered before; ``client.unregister_worker_plugin("memdesc")`` takes it
+    away, and what comes from then on is bytes. Threads: safe. Fork: the child receives nothing.
 
     Linux: an abstract Unix socket and SCM_RIGHTS; no privilege. Workers need one user, one network
     namespace and one user namespace.
@@ -96,10 +99,21 @@ def attach(client: Any) -> None:
     client : distributed.Client
         Of this process.
 
+    Raises
+    ------
+    InvalidArgument
+        It is no client (EINVAL): workers have the `Plugin`.
+
     Notes
     -----
     Again is a no-op. It ends with `detach`, and with the client.
     """
+    if not isinstance(client, Client):
+        raise InvalidArgument(
+            f"{type(client).__name__} is no distributed.Client: attach the client itself; workers "
+            "receive handles by client.register_plugin(Plugin())",
+            errno=errno.EINVAL,
+        )
     _receive(client)
     client.loop.add_callback(client.rpc.collect)
 

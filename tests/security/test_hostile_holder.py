@@ -53,8 +53,8 @@ def holder() -> Holder:
 
 def stranger(address: bytes) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sock.connect(address)  # which waits where many do
     sock.settimeout(60)
-    sock.connect(address)
     return sock
 
 
@@ -67,14 +67,14 @@ def leave(sock: socket.socket, fd: int, token: bytes) -> bytes:
 def test_who_connects_without_end_leaves_the_program_its_descriptors() -> None:
     def work() -> tuple[bytes, list[int]]:
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
         keeps = holder()
 
         def flood() -> bytes:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (min(300, hard), hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(400, hard), hard))
             honest = stranger(keeps.address)
             came = [leave(honest, os.memfd_create("kept"), os.urandom(TOKEN))]
-            idle = [stranger(keeps.address) for _ in range(min(300, hard) - 40)]
+            idle = [stranger(keeps.address) for _ in range(min(400, hard) - 40)]
             came.append(leave(idle[-1], os.memfd_create("kept"), os.urandom(TOKEN)))
             while came[-1] == YES:
                 fd = os.memfd_create("kept")

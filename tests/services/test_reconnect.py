@@ -165,6 +165,37 @@ def test_asyncio_goes_on_while_it_connects_again(puppet):
         asyncio.run(work())
 
 
+def test_tasks_that_wait_for_the_next_service_can_be_cancelled_and_connect_once():
+    """None is left waiting in a thread, which the end of the loop would wait for."""
+
+    async def work() -> None:
+        connection = await md.connect_async("camera", reconnect=True, timeout=None)
+        first.close()
+        cancelled = asyncio.ensure_future(connection.map_async("frames"))
+        waiting = [asyncio.ensure_future(connection.map_async("frames")) for _ in range(20)]
+        await asyncio.sleep(0.02)
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        with md.Service("camera") as service, md.BufferMemoryDescriptor(64) as frames:
+            service.share("frames", frames)
+            for mapping in await asyncio.gather(*waiting):
+                mapping.unmap()
+            assert connection.generation == 2
+            assert len(service.clients()) == 1
+        left = asyncio.ensure_future(connection.map_async("frames"))
+        await asyncio.sleep(0.02)
+        left.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await left
+        connection.close()
+        with pytest.raises(md.ClosedError):
+            await connection.map_async("frames")
+
+    with md.Service("camera") as first:
+        asyncio.run(asyncio.wait_for(work(), 60))
+
+
 def test_dropping_it_closes_the_connection():
     with md.Service("camera") as service:
         connection = md.connect("camera", reconnect=True)

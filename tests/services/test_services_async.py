@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import socket
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -260,3 +262,68 @@ def test_the_end_of_a_task_is_awaited(puppet: Any) -> None:
             assert await waiting
 
         asyncio.run(asyncio.wait_for(main(), LIMIT))
+
+
+def test_who_waits_for_what_never_comes_takes_nothing_from_others() -> None:
+    """More than there are threads at most; cancelled ones leave none behind."""
+
+    async def main() -> None:
+        for _ in range(2):
+            waiting = [
+                asyncio.ensure_future(md.connect_async(f"nobody-{number}", timeout=None))
+                for number in range(40)
+            ]
+            with md.Service("window"):
+                async with await md.connect_async("window", timeout=LIMIT):
+                    pass
+            with pytest.raises(md.ServiceNotFoundError) as caught:
+                await md.connect_async("nobody", timeout=0.01)
+            assert caught.value.errno == errno.ENOENT
+            assert not any(one.done() for one in waiting)
+            for one in waiting:
+                one.cancel()
+            await asyncio.wait(waiting)
+        while any("memdesc-wait" in one.name for one in threading.enumerate()):
+            await asyncio.sleep(0.001)
+
+    asyncio.run(asyncio.wait_for(main(), LIMIT))
+
+
+def test_a_service_that_appears_later_is_connected_to() -> None:
+    async def main() -> None:
+        connecting = asyncio.ensure_future(md.connect_async("window", timeout=LIMIT))
+        await asyncio.sleep(0.02)
+        assert not connecting.done()
+        with md.Service("window"):
+            async with await connecting as connection:
+                assert connection.name == "window"
+
+    asyncio.run(asyncio.wait_for(main(), LIMIT))
+
+
+def test_a_service_that_does_not_greet_is_not_waited_for_longer() -> None:
+    """Nor by a task that was cancelled; and what it would have been connected by is closed."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        with md.Service("window") as service:
+            path = service.path
+        listener.bind(str(path))
+        listener.listen(0)
+
+        async def main() -> None:
+            with pytest.raises(md.TimedOutError) as caught:
+                await md.connect_async("window", timeout=0.02)
+            assert caught.value.errno == errno.ETIMEDOUT
+            listener.accept()[0].close()
+            connecting = asyncio.ensure_future(md.connect_async("window", timeout=None))
+            other, _ = await asyncio.to_thread(listener.accept)
+            with other:
+                other.settimeout(LIMIT)
+                hello = await asyncio.to_thread(other.recv, 4096)
+                connecting.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await connecting
+                assert hello
+                assert await asyncio.to_thread(other.recv, 4096) == b""
+
+        asyncio.run(asyncio.wait_for(main(), LIMIT))
+    path.unlink()

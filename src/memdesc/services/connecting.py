@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from memdesc.services.connection import Connection, reach_async
+from memdesc.services.limits import Limits, check_limits
+from memdesc.vm.timeouts import check_timeout
 
-from memdesc.services.connection import Connection, connect
-from memdesc.vm.awaiting import in_thread
 
-
-async def connect_async(name: str, **options: Any) -> Connection:
+async def connect_async(
+    name: str,
+    *,
+    timeout: float | None = 5.0,
+    limits: Limits | None = None,
+    allow_copy: bool = False,
+    reconnect: bool = False,
+) -> Connection:
     """As `connect`, without holding the event loop up.
 
     A connection ends with ``async with`` too; `Connection.call_async` calls the service. Cancelled,
@@ -18,13 +24,13 @@ async def connect_async(name: str, **options: Any) -> Connection:
     ----------
     name : str
         As given to `Service`.
-    **options
+    timeout, limits, allow_copy, reconnect
         As of `connect`.
 
     Notes
     -----
-    It waits in one of at most 32 threads, which end when nobody connects any more. Where none can
-    be started it raises `AllocationError` (EAGAIN).
+    A thread looks whether the service is there; only this task waits for it. Where none can be
+    started it raises `AllocationError` (EAGAIN).
 
     Examples
     --------
@@ -40,4 +46,12 @@ async def connect_async(name: str, **options: Any) -> Connection:
     >>> asyncio.run(main())
     'hello you'
     """
-    return await in_thread(lambda: connect(name, **options), Connection.close)
+    check_timeout(timeout)
+    limits = Limits(mappings=4096) if limits is None else check_limits(limits)
+    found = await reach_async(name, timeout, limits, allow_copy=allow_copy)
+    if not reconnect:
+        return found
+    from memdesc.services.reconnect import ReconnectingConnection
+
+    way = {"name": name, "timeout": timeout, "limits": limits, "allow_copy": allow_copy}
+    return ReconnectingConnection(way, found)

@@ -22,11 +22,16 @@ from memdesc.services.limits import Limits, check_limits
 from memdesc.services.listening import Listening
 from memdesc.services.opening import QueuedTo
 from memdesc.services.subscribing import Subscribing
+from memdesc.vm.awaiting import in_thread
 from memdesc.vm.task import Task
 from memdesc.vm.timeouts import check_timeout
 
 if TYPE_CHECKING:
     from memdesc.services.reconnect import ReconnectingConnection
+
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.05
+"""Seconds between two tries to connect."""
 
 
 class Connection(CallsTo, Listening, QueuedTo, Subscribing, ArraysOf):
@@ -117,7 +122,8 @@ def connect(
         return reach(name, timeout, limits, allow_copy=allow_copy)
     from memdesc.services.reconnect import ReconnectingConnection
 
-    return ReconnectingConnection(lambda: reach(name, timeout, limits, allow_copy=allow_copy), name)
+    way = {"name": name, "timeout": timeout, "limits": limits, "allow_copy": allow_copy}
+    return ReconnectingConnection(way, reach(name, timeout, limits, allow_copy=allow_copy))
 
 
 def reach(
@@ -140,28 +146,88 @@ def reach(
             connection.close()
         # Who had the socket has ended, or passed it on: another has the name, or will.
         if until is not None and time.monotonic() > until:
-            raise ServiceNotFoundError(
-                f"service {name!r} ended as we connected to it, and none took its name within "
-                f"{timeout} s",
-                errno=errno.ECONNREFUSED,
+            raise _ended_meanwhile(name, timeout)
+        time.sleep(_FIRST_PAUSE)
+
+
+async def reach_async(
+    name: str, timeout: float | None, limits: Limits, *, allow_copy: bool = False
+) -> Connection:
+    """As `reach`, in an event loop: a thread looks into the folder, and none waits."""
+    import asyncio
+
+    until = None if timeout is None else time.monotonic() + timeout
+    await in_thread(lambda: folder.open_folder(name))
+    pause, over = _FIRST_PAUSE, False
+    while True:
+        try:
+            connection = await in_thread(
+                lambda: _begun(
+                    name, _reach(name, 0.0, timeout, appears=True), limits, allow_copy=allow_copy
+                ),
+                Connection.close,
             )
-        time.sleep(0.002)
+            if await _greeted_async(connection, until):
+                return connection
+            over = _is_over(until, pause)
+        except (ServiceNotFoundError, TimedOutError):
+            if _is_over(until, pause):
+                raise
+        except TaskGoneError:
+            over = _is_over(until, pause)
+        if over:
+            raise _ended_meanwhile(name, timeout)
+        await asyncio.sleep(pause)
+        pause = min(pause * 1.5, _LONGEST_PAUSE)
+
+
+def _ended_meanwhile(name: str, timeout: float | None) -> ServiceNotFoundError:
+    return ServiceNotFoundError(
+        f"service {name!r} ended as we connected to it, and none took its name within {timeout} s",
+        errno=errno.ECONNREFUSED,
+    )
+
+
+def _begun(name: str, sock: sockets.socket, limits: Limits, *, allow_copy: bool) -> Connection:
+    try:
+        return Connection(name, sock, Task.from_socket(sock), limits, allow_copy=allow_copy)
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _is_over(until: float | None, pause: float) -> bool:
+    """Whether there is no time for another try after that pause."""
+    return until is not None and time.monotonic() + pause > until
+
+
+def _left(until: float | None) -> float | None:
+    """Seconds that a service has to answer our greeting."""
+    return None if until is None else max(until - time.monotonic(), 0.05)
 
 
 def _greeted(
     name: str, sock: sockets.socket, until: float | None, limits: Limits, *, allow_copy: bool
 ) -> Connection:
+    connection = _begun(name, sock, limits, allow_copy=allow_copy)
     try:
-        connection = Connection(name, sock, Task.from_socket(sock), limits, allow_copy=allow_copy)
-    except BaseException:
-        sock.close()
-        raise
-    try:
-        connection._greet(None if until is None else max(until - time.monotonic(), 0.05))
+        connection._greet(_left(until))
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+async def _greeted_async(connection: Connection, until: float | None) -> bool:
+    """Greet in an event loop; False where another has the name, or will."""
+    try:
+        await connection._greet_async(_left(until))
+    except BaseException:
+        connection.close()
+        raise
+    if connection.moved:
+        connection.close()
+    return not connection.moved
 
 
 def _reach(
@@ -169,7 +235,7 @@ def _reach(
 ) -> sockets.socket:
     """Connect a socket, trying again while no one listens."""
     path = folder.socket_path(name)
-    pause = 0.002
+    pause = _FIRST_PAUSE
     while True:
         sock = folder.new_socket()
         try:
@@ -178,8 +244,7 @@ def _reach(
         except (FileNotFoundError, ConnectionRefusedError, BlockingIOError) as error:
             sock.close()
             full = isinstance(error, BlockingIOError)
-            over = until is not None and time.monotonic() + pause > until
-            if over or not (full or appears):
+            if _is_over(until, pause) or not (full or appears):
                 if full:
                     raise TimedOutError(
                         f"service {name!r} took no connection within {timeout} s: its queue of "
@@ -204,4 +269,4 @@ def _reach(
             sock.close()
             raise
         time.sleep(pause)
-        pause = min(pause * 1.5, 0.05)
+        pause = min(pause * 1.5, _LONGEST_PAUSE)

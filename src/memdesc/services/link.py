@@ -97,10 +97,20 @@ class Link(Peer):
         self._welcomed.set()
 
     def _greet(self, timeout: float | None) -> None:
+        self._say_hello()
+        self._check_welcome(self._welcomed.wait(timeout), timeout)
+
+    async def _greet_async(self, timeout: float | None) -> None:
+        self._say_hello()
+        self._check_welcome(await self._welcomed.wait_async(timeout), timeout)
+
+    def _say_hello(self) -> None:
         self.start()
         with contextlib.suppress(PeerGoneError, ClosedError):
             self.send(protocol.Hello(protocol.VERSION))
-        if not self._welcomed.wait(timeout):
+
+    def _check_welcome(self, answered: bool, timeout: float | None) -> None:
+        if not answered:
             raise TimedOutError(
                 f"service {self.name!r} (task {self.task.pid}) took the connection but did not "
                 f"answer within {timeout} s",

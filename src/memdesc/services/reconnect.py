@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import select
-from collections.abc import Callable
 from typing import Any, Self, final
 
 from memdesc.errors import ClosedError, MemdescError
-from memdesc.services.connection import Connection
+from memdesc.services.connection import Connection, reach, reach_async
 from memdesc.vm.forks import lock_for
+
+_GLANCE = 0.005
+"""Seconds between two looks at whether somebody else has connected."""
 
 
 @final
@@ -39,13 +42,15 @@ class ReconnectingConnection(Connection):
     its next operation.
     """
 
-    def __init__(self, reach: Callable[[], Connection], name: str) -> None:
+    def __init__(self, way: dict[str, Any], first: Connection) -> None:
         # Not that of Connection: this one has no socket of its own.
-        self.name = name
-        self._reach = reach
+        self.name = way["name"]
+        self._way = way
         self._lock = lock_for(self)
+        self._connecting = 0
+        """The process of which a task of an event loop connects; 0: none."""
         self._ended_here = False
-        self._current = reach()
+        self._current = first
         self.generation = 1
 
     def _alive(self) -> Connection | None:
@@ -58,26 +63,57 @@ class ReconnectingConnection(Connection):
     def _living(self) -> Connection:
         """Give a connection that lives, connecting if need be."""
         with self._lock:
-            if self._ended_here:
-                raise ClosedError(f"the connection to {self.name!r} was closed here")
+            self._check_not_ended()
             if self._alive() is None:
                 old = self._current
                 try:
-                    # Who still waits on the old one holds it; it is closed with the last of them.
-                    self._current = self._reach()
+                    self._follow(reach(**self._way))
                 except MemdescError:
-                    if old.closed or _has_hung_up(old):
+                    if not _stays(old):
                         raise
-                    old.stay()  # its successor has gone; who was succeeded is still there
-                else:
-                    self.generation += 1
-                if self.closed:  # meanwhile, by another thread
-                    self._current.close()
             return self._current
 
-    def __enter__(self) -> Self:
+    async def _living_async(self) -> Connection:
+        """As `_living`, in an event loop: one task connects, the others wait for it."""
+        import asyncio
+
+        while (living := self._alive()) is None:
+            self._check_not_ended()
+            if self._connecting == os.getpid():
+                await asyncio.sleep(_GLANCE)
+                continue
+            self._connecting, old = os.getpid(), self._current
+            try:
+                found = await reach_async(**self._way)
+            except MemdescError:
+                if _stays(old):
+                    return old
+                raise
+            finally:
+                self._connecting = 0
+            if self._current is not old or not self._lock.acquire(blocking=False):
+                found.close()  # a thread has connected, or does so, perhaps for ever
+                await asyncio.sleep(_GLANCE)
+                continue
+            try:
+                self._follow(found)
+            finally:
+                self._lock.release()
+        return living
+
+    def _check_not_ended(self) -> None:
         if self._ended_here:
             raise ClosedError(f"the connection to {self.name!r} was closed here")
+
+    def _follow(self, found: Connection) -> None:
+        # Who still waits on the old one holds it; it is closed with the last of them.
+        self._current = found
+        self.generation += 1
+        if self.closed:  # meanwhile, by another thread
+            found.close()
+
+    def __enter__(self) -> Self:
+        self._check_not_ended()
         return self
 
     @property
@@ -104,6 +140,14 @@ class ReconnectingConnection(Connection):
         return f"<ReconnectingConnection to {self.name!r}: {state}>"
 
 
+def _stays(old: Connection) -> bool:
+    """Go on with a connection for which no other was found; False where it does not live."""
+    if old.closed or _has_hung_up(old):
+        return False
+    old.stay()  # its successor has gone; who was succeeded is still there
+    return True
+
+
 def _has_hung_up(connection: Connection) -> bool:
     """Whether the other side has ended, also where the I/O thread has not come to it yet."""
     poll = select.poll()
@@ -123,9 +167,7 @@ def _forward(name: str, original: Any) -> Any:
 
         @functools.wraps(original)
         async def coroutine(self: ReconnectingConnection, *args: Any, **kwargs: Any) -> Any:
-            import asyncio
-
-            living = self._alive() or await asyncio.to_thread(self._living)
+            living = self._alive() or await self._living_async()
             return await getattr(living, name)(*args, **kwargs)
 
         return coroutine

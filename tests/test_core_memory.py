@@ -1,7 +1,9 @@
 """The core's mappings and the views of them: who keeps the memory, and for how long."""
 
+import copy
 import gc
 import os
+import pickle
 import weakref
 from pathlib import Path
 
@@ -24,6 +26,27 @@ def test_memory_is_unmapped_when_the_last_holder_lets_go() -> None:
     assert is_mapped(address)
     del window
     assert not is_mapped(address)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_what_owns_memory_is_never_copied(protocol: int) -> None:
+    """A copy would unmap it once more: under its views, or what lies there by then."""
+    memory = shared()
+    ring = _core.Uring.__new__(_core.Uring)
+    for one in (memory, _core.Window(memory, 0, page_size, True), ring):
+        for copied in (copy.copy, copy.deepcopy, lambda it: pickle.dumps(it, protocol)):
+            with pytest.raises(TypeError):
+                copied(one)
+    for kind in vars(_core).values():
+        assert not hasattr(kind, "__setstate__"), kind
+
+
+def test_a_ring_that_was_never_made_is_none() -> None:
+    ring = _core.Uring.__new__(_core.Uring)
+    with pytest.raises(ValueError, match="closed"):
+        ring.pending
+    ring.close()
+    os.fstat(0)
 
 
 def test_memory_in_a_cycle_is_unmapped_by_the_collector() -> None:

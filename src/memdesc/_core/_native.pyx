@@ -1,5 +1,7 @@
 # cython: language_level=3, binding=False, embedsignature=True
 # cython: freethreading_compatible=True, boundscheck=False, embedsignature.format=clinic
+# cython: auto_pickle=False
+# A copy of what owns a mapping would unmap it once more.
 """The compiled core: system calls and the exporters of memory. It decides nothing.
 
 Everything takes integers and buffers. Every failure is an `OSError` whose errno is the

@@ -76,7 +76,7 @@ cdef class Uring:
                 md_uring_close(&self.ring)
 
     cdef int check(self) except -1:
-        if self.ring.fd < 0:
+        if self.ring.fd < 0 or not self.pid:  # not even made
             raise ValueError("the io_uring was closed")
         return 0
 
@@ -134,7 +134,7 @@ cdef class Uring:
 
     def close(self):
         cdef md_uring ring = self.ring
-        if ring.fd < 0:
+        if ring.fd < 0 or not self.pid:
             return
         if ring.in_flight and self.pid == getpid():
             raise ValueError("entries of the io_uring are in flight")

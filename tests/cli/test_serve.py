@@ -319,12 +319,12 @@ def test_a_terminal_that_is_hung_up_ends_it(tmp_path: Path) -> None:
 
 def test_whoever_reads_may_go(tmp_path: Path) -> None:
     path = put(tmp_path / "weights.npy", np.zeros(3))
-    with serving("--quiet", path) as served:
+    with contextlib.ExitStack() as stack, serving("--quiet", path) as served:
         served.next("serving")
         assert served.process.stdout is not None
         served.process.stdout.close()
         with contextlib.suppress(md.PeerGoneError):  # it may end before it answers
-            md.connect("weights").close()
+            stack.enter_context(md.connect("weights"))  # and stays: who left at once is not told of
         assert served.process.wait(PATIENCE) == 128 + signal.SIGPIPE
         assert served.process.stderr is not None
         assert served.process.stderr.read() == b""

@@ -48,8 +48,9 @@ def test_the_layout_is_that_of_the_table() -> None:
         assert (arrays.version, arrays.nbytes, len(arrays)) == (3, 48, 1)
         assert arrays["a"].tolist() == [[1, 2, 3], [4, 5, 6]]
         assert arrays.entry("a") == ENTRY
-        with pytest.raises(md.ShareNotFoundError):
+        with pytest.raises(md.ShareNotFoundError, match="'a'") as no:
             arrays.entry("b")
+        assert no.value.errno == errno.ENOENT
         del arrays
 
 

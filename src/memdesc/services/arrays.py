@@ -23,6 +23,7 @@ import errno
 import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any, final
 
 import msgspec
@@ -189,8 +190,11 @@ class Arrays(Mapping[str, "np.ndarray[Any, Any]"]):
         """Tell of one array; `ShareNotFoundError` (a KeyError) where there is none."""
         found = self._by_name.get(name)
         if found is None:
+            some = ", ".join(repr(one[:80]) for one in islice(self._by_name, 5)) or "none"
             raise ShareNotFoundError(
-                f"version {self.version} has no array {str(name)[:80]!r}", errno=errno.ENOENT
+                f"version {self.version} has no array {str(name)[:80]!r}; of its {len(self):,} "
+                f"there is {some}",
+                errno=errno.ENOENT,
             )
         return found
 

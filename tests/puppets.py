@@ -21,6 +21,7 @@ from typing import Any
 
 from memdesc.handover import transit
 from memdesc.interop import multiprocessing
+from memdesc.loop import Loop
 
 _LOOP = """
 import json, os, signal, sys, threading, time
@@ -153,6 +154,12 @@ def memfds_mapped(pid: int | str, name: str) -> int:
     """How many regions of memfds of that name a process has mapped."""
     with open(f"/proc/{pid}/maps") as maps:
         return sum(f"/memfd:{name} " in line for line in maps)
+
+
+def is_idle(loop: Loop) -> bool:
+    """Whether nothing wakes it soon; what others of this process left may, once, in two minutes."""
+    left = loop._until_next()
+    return left is None or left > 10
 
 
 def wait_until(condition: Callable[[], object], timeout: float = 30) -> None:

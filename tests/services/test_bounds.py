@@ -11,7 +11,7 @@ import time
 
 import pytest
 from children import in_child
-from puppets import full_table, wait_until
+from puppets import full_table, is_idle, wait_until
 from strangers import Stranger
 
 import memdesc as md
@@ -123,8 +123,7 @@ def test_connections_that_come_too_fast_wait_and_the_others_are_served(monkeypat
         for one in many:
             one.close()
         wait_until(lambda: len(service.clients()) == 1)
-        # Nothing wakes an idle service; what others of this process left wakes it once, later.
-        wait_until(lambda: (loop()._until_next() or 60) > 10)
+        wait_until(lambda: is_idle(loop()))
         honest.close()
 
 
@@ -141,7 +140,7 @@ def test_a_service_that_closes_while_connections_wait(monkeypatch):
         second.close()
     with md.Service("camera"), md.connect("camera"):
         pass
-    wait_until(lambda: loop()._until_next() is None)
+    wait_until(lambda: is_idle(loop()))
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import weakref
 
 import pytest
 from children import in_child
-from puppets import wait_until
+from puppets import is_idle, wait_until
 
 import memdesc as md
 from memdesc import loop as loops
@@ -154,7 +154,7 @@ def test_timers_run_in_their_order_and_not_before():
     assert done.wait(20)
     assert [number for number, _ in seen] == [3, 1, 2, 0]
     assert all(at >= [0.02, 0.01, 0.01, 0][number] for number, at in seen)
-    wait_until(lambda: io._until_next() is None)  # others may have some
+    wait_until(lambda: is_idle(io))
 
 
 def test_a_child_gets_a_thread_of_its_own():

@@ -372,3 +372,106 @@ def test_a_select_loop_puts(ends: Ends) -> None:
     consumer.dequeue()
     assert select.select([fd], [], [], LIMIT)[0] == [fd]
     assert producer.try_enqueue(b"more")
+
+
+def test_an_entry_that_another_thread_takes_meanwhile_is_not_taken_twice(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between finding it and taking it: where the sleepers are woken, Python code runs."""
+    producer, consumer = ends
+    taken: list[bytes | None] = []
+    cleared = consumer._clear
+
+    def comes() -> None:
+        cleared()
+        if not taken:
+            producer.enqueue(b"one")
+
+    def is_taken() -> None:
+        if not taken:
+            taken.append(None)  # once
+            taken.append(consumer.try_dequeue())
+
+    monkeypatch.setattr(consumer, "_clear", comes)
+    monkeypatch.setattr(consumer, "_wake", is_taken)
+    assert consumer.try_dequeue() is None
+    assert taken == [None, b"one"]
+    monkeypatch.undo()
+
+    async def main() -> bytes:  # and it asked anew
+        waiting = asyncio.ensure_future(consumer.dequeue_async())
+        await asleep(consumer)
+        producer.enqueue(b"two")
+        return await waiting
+
+    assert asyncio.run(asyncio.wait_for(main(), LIMIT)) == b"two"
+
+
+def test_room_that_another_thread_fills_meanwhile_is_not_filled_twice(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    producer, consumer = ends
+    producer._socket_fileno()
+    for number in range(4):
+        producer.enqueue(bytes([number]) * 1000)
+    taken: list[bytes | None] = []
+    cleared = producer._clear
+
+    def is_made() -> None:
+        cleared()
+        if not taken:
+            taken.append(consumer.try_dequeue())
+
+    def is_filled() -> None:
+        if len(taken) == 1:
+            taken.append(None)  # once
+            producer.enqueue(b"4" * 1000)
+
+    monkeypatch.setattr(producer, "_clear", is_made)
+    monkeypatch.setattr(producer, "_wake", is_filled)
+    assert not producer.try_enqueue(b"5" * 1000)
+    monkeypatch.undo()
+    there = consumer.dequeue_many()
+    assert there == [bytes([number]) * 1000 for number in range(1, 4)] + [b"4" * 1000]
+
+
+def test_an_entry_that_another_thread_takes_before_the_buffer_is_had(ends: Ends) -> None:
+    producer, consumer = ends
+
+    class Slow(md.BufferMemoryDescriptor):
+        """Its bytes are given by Python code, while which another thread runs."""
+
+        def _export(self) -> object:  # type: ignore[override]
+            taken.append(consumer.try_dequeue())
+            return super()._export()
+
+    taken: list[bytes | None] = []
+    with Slow(64) as buffer:
+        producer.enqueue(b"one")
+        producer.enqueue(b"two")
+        assert consumer.dequeue_into(buffer) == 3
+        assert taken == [b"one"]
+        assert bytes(buffer)[:3] == b"two"
+        producer.enqueue(b"three")
+        with pytest.raises(md.TimedOutError):
+            consumer.dequeue_into(buffer, timeout=0)
+
+
+def test_an_end_that_is_closed_while_the_buffer_is_had(ends: Ends) -> None:
+    """Its memory has gone then."""
+    producer, consumer = ends
+
+    class Closing(md.BufferMemoryDescriptor):
+        """Its bytes are given by Python code, while which another thread runs."""
+
+        def _export(self) -> object:  # type: ignore[override]
+            end.close()
+            return super()._export()
+
+    with Closing(64) as buffer:
+        end: md.Producer | md.Consumer = producer
+        with pytest.raises(md.ClosedError):
+            producer.enqueue(buffer)
+        end = consumer
+        with pytest.raises(md.ClosedError):
+            consumer.dequeue_into(buffer)

@@ -63,6 +63,7 @@ cdef class StreamSubscriber:
         cdef uint32_t ended
         cdef TakenSlot slot
         cdef int rc, attempt
+        cdef bint told = False
         self.ready()
         memset(&taken, 0, sizeof(taken))
         if of.taker.holding >= of.taker.loans:
@@ -76,8 +77,7 @@ cdef class StreamSubscriber:
             md_taker_want(&of.taker)
             ended = md_taker_ended(&of.taker) or of.taker.gone
             rc = md_taker_take(&of.taker, &taken)
-            if rc == 1:
-                self._wake()  # that it came was told meanwhile, perhaps, and cleared
+            told = rc == 1
         for attempt in range(1000):
             if rc != -C_EAGAIN:
                 break
@@ -100,6 +100,8 @@ cdef class StreamSubscriber:
                     <Py_ssize_t>taken.metadata)
             else:
                 slot.decoded = True
+            if told:  # perhaps, that it came, and was cleared
+                self._wake()
             return slot
         if rc == 0 and ended:
             self._ended(md_taker_ended(&of.taker))

@@ -258,6 +258,7 @@ cdef class RingProducer(RingEnd):
         try:
             if <uint64_t>view.len > self.ring.capacity - MD_RING_HEADER:
                 self._too_large(view.len)
+            self.ready()  # Python code may have given the buffer, and another thread closed it
             rc = md_ring_room(&self.ring, view.len)
             if rc < 0:
                 self.fail()
@@ -277,19 +278,27 @@ cdef class RingProducer(RingEnd):
         return 1
 
     cdef int ask(self, uint64_t nbytes) except -1:
-        """Ask for a waking when there is room; look again: 1, or 0."""
-        cdef int rc
-        self._clear()
-        self.ready()  # another thread may have closed it meanwhile, or put something
-        self.want_room(nbytes)
-        md_want(&self.ring.mine.wanted, self.wanted)
-        if md_ring_ended(&self.ring):
-            self.finish()
-        rc = md_ring_room(&self.ring, nbytes)
-        if rc < 0:
-            self.fail()
-        if rc:
-            self._wake()  # what others wait for was written over, and perhaps told meanwhile
+        """Ask for a waking when there is room; look again: 1, or 0.
+
+        At once after that the entry is put: another thread may fill the room while Python runs.
+        """
+        cdef int rc = 0
+        while rc == 0:
+            self._clear()
+            self.ready()  # another thread may have closed it meanwhile, or put something
+            self.want_room(nbytes)
+            md_want(&self.ring.mine.wanted, self.wanted)
+            if md_ring_ended(&self.ring):
+                self.finish()
+            rc = md_ring_room(&self.ring, nbytes)
+            if rc == 0:
+                break
+            if rc > 0:
+                self._wake()  # what others wait for was written over, and perhaps told meanwhile
+                self.ready()
+                rc = md_ring_room(&self.ring, nbytes)
+            if rc < 0:
+                self.fail()
         return rc
 
     cdef void want_room(self, uint64_t nbytes):
@@ -376,21 +385,27 @@ cdef class RingConsumer(RingEnd):
     cdef object view    # the last view of it that was given
 
     cdef int begin_take(self) except -1:
-        """Find an entry: 1, or 0 where the queue is empty."""
+        """Find an entry: 1, or 0 where the queue is empty.
+
+        Who calls it takes the entry at once: no code in Python runs between, as then another
+        thread may take it.
+        """
         cdef bint ended
         cdef int rc
-        self.ready()
-        if self.window is not None:
-            self._forget()
-        ended = md_ring_ended(&self.ring)  # before looking: what came before the end counts
-        rc = md_ring_next(&self.ring)
-        if rc == 0 and self.listens and not ended:
-            self._clear()
-            self._want(self.ring.position + 8)
-            ended = md_ring_ended(&self.ring)
+        while True:
+            self.ready()
+            if self.window is not None:
+                self._forget()
+            ended = md_ring_ended(&self.ring)  # before looking: what came before the end counts
             rc = md_ring_next(&self.ring)
-            if rc == 1:
-                self._wake()  # that it came was told meanwhile, perhaps, and cleared
+            if rc != 0 or ended or not self.listens:
+                break
+            self._clear()
+            self.ready()
+            md_want(&self.ring.mine.wanted, self.ring.position + 8)
+            if not md_ring_ended(&self.ring) and md_ring_next(&self.ring) == 0:
+                break
+            self._wake()  # that it came was told meanwhile, perhaps, and cleared
         if rc < 0:
             self.fail()
         if rc == 0 and ended:
@@ -464,10 +479,10 @@ cdef class RingConsumer(RingEnd):
         """Copy the next entry out: its size; None where the queue is empty."""
         cdef Py_buffer view
         cdef Py_ssize_t size
-        if not self.begin_take():
-            return None
-        PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
+        PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE | PyBUF_WRITABLE)  # may run Python code
         try:
+            if not self.begin_take():
+                return None
             size = <Py_ssize_t>self.ring.entry
             if view.len < size:
                 self._too_small(size, view.len)

@@ -12,6 +12,7 @@ closed there.
 from __future__ import annotations
 
 import contextlib
+import errno
 import heapq
 import itertools
 import logging
@@ -26,7 +27,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from memdesc import copyio, mapping
-from memdesc.errors import ClosedError
+from memdesc.errors import AllocationError, ClosedError
 from memdesc.memory.closing import no_descriptor
 from memdesc.vm.forks import Flag
 
@@ -157,7 +158,7 @@ _handling: Any = threading.RLock()
 
 
 def loop() -> Loop:
-    """Give the process's I/O thread, started now if need be; `AllocationError` on EMFILE."""
+    """Give the process's I/O thread, started now if need be; `AllocationError` on EMFILE, or EAGAIN."""
     global _loop, _hooked
     with _lock:
         if _loop is None:
@@ -165,6 +166,12 @@ def loop() -> Loop:
                 _loop = Loop()
             except OSError as error:
                 raise no_descriptor("start the I/O thread", error) from error
+            except RuntimeError as error:
+                raise AllocationError(
+                    f"cannot start the I/O thread: {error}; see ulimit -u and the cgroup's "
+                    "pids.max",
+                    errno=errno.EAGAIN,
+                ) from error
         if not _hooked:
             _hooked = True
             # No functions of ours, at whose head the interrupt strikes that came during the fork.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
 import os
@@ -210,3 +211,25 @@ def test_a_task_that_the_program_closed_is_watched_all_the_same(puppet):
         client.task.close()
         one.kill()
         wait_until(lambda: client.closed and service.clients() == [])
+
+
+def test_without_a_thread_there_is_no_io_and_that_is_said() -> None:
+    def work() -> list[int | None]:
+        def fails(thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        start, found = threading.Thread.start, []
+        for _ in range(2):
+            threading.Thread.start = fails  # type: ignore[method-assign]
+            fds = len(os.listdir("/proc/self/fd"))
+            try:
+                with pytest.raises(md.AllocationError) as caught:
+                    loops.loop()
+            finally:
+                threading.Thread.start = start  # type: ignore[method-assign]
+            assert len(os.listdir("/proc/self/fd")) <= fds
+            found.append(caught.value.errno)
+        loops.loop().run(lambda: found.append(0))
+        return found
+
+    assert in_child(work) == [errno.EAGAIN, errno.EAGAIN, 0]

@@ -87,8 +87,8 @@ def take(handle: Handle, what: str) -> ReceivedMemoryDescriptor:
 
     header, address, token = handle
     try:
-        fds = transit.take(address, token)
-        return unpack(msgspec.msgpack.decode(header, type=portable_type()), fds)
+        portable = msgspec.msgpack.decode(header, type=portable_type())
+        return unpack(portable, transit.take(address, token))
     except OSError as error:
         raise HandleLostError(
             f"{what} that was sent to task {os.getpid()} can not be had: {error}",

@@ -8,6 +8,7 @@ ends that. So a thread takes the look, and is given up when it neither comes bac
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
@@ -128,24 +129,27 @@ def look_at(
     """
     if task.is_current:
         return look()
-    _held_up[:] = [one for one in _held_up if one.is_alive()]
-    same = [one for one in _held_up if one.uid == task.credentials.uid]
+    for one in list(_held_up):
+        if not one.is_alive():
+            with contextlib.suppress(ValueError):  # another thread was faster
+                _held_up.remove(one)
+    same = [one for one in list(_held_up) if one.uid == task.credentials.uid]
     if any(one.task == (task.pid, task.start_time) for one in same):
         raise _held(task, doing, "holds up an earlier look at it still")
     if len(same) >= _MOST_HELD_UP:
         raise _held(task, doing, f"is of user {same[0].uid}, whose tasks hold up {len(same)} looks")
-    one = _Look(task, look, undo)
+    mine = _Look(task, look, undo)
     try:
-        one.start()
+        mine.start()
     except RuntimeError as error:
         raise AllocationError(
             f"cannot {doing}: no thread can be had for it ({error}); see ulimit -u and the "
             "cgroup's pids.max",
             errno=errno.EAGAIN,
         ) from error
-    if not one.wait():
+    if not mine.wait():
         raise _held(task, doing, f"held it up for {PATIENCE:g} s")
-    return one.result()
+    return mine.result()
 
 
 def _held(task: Task, doing: str, how: str) -> TimedOutError:

@@ -158,7 +158,7 @@ _handling: Any = threading.RLock()
 
 
 def loop() -> Loop:
-    """Give the process's I/O thread, started now if need be; `AllocationError` on EMFILE, or EAGAIN."""
+    """Give the process's I/O thread, started now if need be; `AllocationError`: EMFILE, EAGAIN."""
     global _loop, _hooked
     with _lock:
         if _loop is None:

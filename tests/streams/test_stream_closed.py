@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 import memdesc as md
-from memdesc.streams import subscription
+from memdesc.streams import layout, subscription
 
 
 def test_a_subscription_that_is_closed_while_it_looks(monkeypatch):
@@ -22,3 +23,25 @@ def test_a_subscription_that_is_closed_while_it_looks(monkeypatch):
         monkeypatch.setattr(subscription, "clear", close_it)
         with pytest.raises(md.ClosedError):
             video.try_take()
+
+
+def test_a_slot_that_is_given_back_while_its_array_is_made(monkeypatch):
+    """The array would lie in what the closed subscription has unmapped."""
+    make = layout._array
+    with md.Service("camera") as service, md.connect("camera") as connection:
+        stream = service.stream("video", shape=(100,), dtype="u1")
+
+        def give_it_back(*arguments):
+            slot.release()
+            array = make(*arguments)
+            video.close()
+            return array
+
+        monkeypatch.setattr(layout, "_array", give_it_back)
+        video = connection.subscribe("video")
+        monkeypatch.undo()
+        stream.publish(np.zeros(100, "u1"))
+        slot = video.take(60)
+        with pytest.raises(md.ClosedError):
+            slot.array  # a property, which makes it
+        assert not slot.held

@@ -175,7 +175,9 @@ cdef class TakenSlot:
         if self.array_ is None and self.taker.state == OPEN:
             self.array_ = self.taker.arrays[self.index]
         if self.array_ is None:
-            self.array_ = self.taker.make_array(self.memory)
+            array = self.taker.make_array(self.memory)
+            self.check()  # another thread may have given it back meanwhile: then nothing holds it
+            self.array_ = array
             if self.taker.state == OPEN:
                 self.taker.arrays[self.index] = self.array_
         if <size_t>self.nbytes != self.taker.taker.slot_size:

@@ -31,7 +31,11 @@ def test_a_slot_that_is_given_back_while_its_array_is_made(monkeypatch):
     with md.Service("camera") as service, md.connect("camera") as connection:
         stream = service.stream("video", shape=(100,), dtype="u1")
 
+        held = []  # of what a subscription keeps, nothing may lead to it
+
         def give_it_back(*arguments):
+            slot, video = held
+            held.clear()
             slot.release()
             array = make(*arguments)
             video.close()
@@ -42,6 +46,7 @@ def test_a_slot_that_is_given_back_while_its_array_is_made(monkeypatch):
         monkeypatch.undo()
         stream.publish(np.zeros(100, "u1"))
         slot = video.take(60)
+        held += slot, video
         with pytest.raises(md.ClosedError):
             slot.array  # a property, which makes it
         assert not slot.held

@@ -140,7 +140,7 @@ def reach(
     while True:
         sock = _reach(name, until, timeout, appears=appears)
         with contextlib.suppress(TaskGoneError):
-            connection = _greeted(name, sock, until, limits, allow_copy=allow_copy)
+            connection = _welcomed(name, sock, until, limits, allow_copy=allow_copy)
             if not connection.moved:
                 return connection
             connection.close()
@@ -167,7 +167,7 @@ async def reach_async(
                 ),
                 Connection.close,
             )
-            if await _greeted_async(connection, until):
+            if await _welcomed_async(connection, until):
                 return connection
             over = _is_over(until, pause)
         except (ServiceNotFoundError, TimedOutError):
@@ -190,10 +190,16 @@ def _ended_meanwhile(name: str, timeout: float | None) -> ServiceNotFoundError:
 
 def _begun(name: str, sock: sockets.socket, limits: Limits, *, allow_copy: bool) -> Connection:
     try:
-        return Connection(name, sock, Task.from_socket(sock), limits, allow_copy=allow_copy)
+        connection = Connection(name, sock, Task.from_socket(sock), limits, allow_copy=allow_copy)
     except BaseException:
         sock.close()
         raise
+    try:
+        connection._greet()
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 def _is_over(until: float | None, pause: float) -> bool:
@@ -206,22 +212,22 @@ def _left(until: float | None) -> float | None:
     return None if until is None else max(until - time.monotonic(), 0.05)
 
 
-def _greeted(
+def _welcomed(
     name: str, sock: sockets.socket, until: float | None, limits: Limits, *, allow_copy: bool
 ) -> Connection:
     connection = _begun(name, sock, limits, allow_copy=allow_copy)
     try:
-        connection._greet(_left(until))
+        connection._be_welcomed(_left(until))
     except BaseException:
         connection.close()
         raise
     return connection
 
 
-async def _greeted_async(connection: Connection, until: float | None) -> bool:
-    """Greet in an event loop; False where another has the name, or will."""
+async def _welcomed_async(connection: Connection, until: float | None) -> bool:
+    """Be welcomed, in an event loop; False where another has the name, or will."""
     try:
-        await connection._greet_async(_left(until))
+        await connection._be_welcomed_async(_left(until))
     except BaseException:
         connection.close()
         raise

@@ -96,15 +96,14 @@ class Link(Peer):
         super()._ended(why)
         self._welcomed.set()
 
-    def _greet(self, timeout: float | None) -> None:
-        self._say_hello()
+    def _be_welcomed(self, timeout: float | None) -> None:
         self._check_welcome(self._welcomed.wait(timeout), timeout)
 
-    async def _greet_async(self, timeout: float | None) -> None:
-        self._say_hello()
+    async def _be_welcomed_async(self, timeout: float | None) -> None:
         self._check_welcome(await self._welcomed.wait_async(timeout), timeout)
 
-    def _say_hello(self) -> None:
+    def _greet(self) -> None:
+        """Say hello. At once: of those who do not, a service keeps 128."""
         self.start()
         with contextlib.suppress(PeerGoneError, ClosedError):
             self.send(protocol.Hello(protocol.VERSION))

@@ -28,19 +28,13 @@ from memdesc.crossing.ways import (
     way_for as way_for,
     way_to_copy as way_to_copy,
 )
+from memdesc.vm.later import later
 
 if TYPE_CHECKING:
     from memdesc.crossing.measurement import calibrate as calibrate
 
-
-def __getattr__(name: str) -> object:
-    """Load the measurement when it is asked for: hardly any program does."""
-    if name != "calibrate":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from memdesc.crossing.measurement import calibrate
-
-    return calibrate
-
+# Hardly any program measures.
+__getattr__ = later(__name__, {"calibrate": "memdesc.crossing.measurement"})
 
 __all__ = [
     "Way",

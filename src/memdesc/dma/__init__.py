@@ -14,6 +14,7 @@ from memdesc.dma.direct_file import (
 )
 from memdesc.dma.segments import DMASpecification as DMASpecification
 from memdesc.dma.transfers import Transferred as Transferred, Way as Way
+from memdesc.vm.later import later
 from memdesc.vm.physical import PhysicalSegment as PhysicalSegment
 
 if TYPE_CHECKING:
@@ -23,11 +24,7 @@ if TYPE_CHECKING:
         PinnedMemory as PinnedMemory,
     )
 
-
-def __getattr__(name: str) -> object:
-    """Load what is for GPUs when it is asked for: who reads files does not."""
-    if name not in ("Copy", "CudaDevice", "PinnedMemory"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from memdesc.dma import cuda
-
-    return getattr(cuda, name)
+# For GPUs: who reads files does without.
+__getattr__ = later(
+    __name__, dict.fromkeys(("Copy", "CudaDevice", "PinnedMemory"), "memdesc.dma.cuda")
+)

@@ -10,6 +10,8 @@ Dask's distributed is imported when one of them is first asked for; without it t
 
 from __future__ import annotations
 
+from memdesc.vm.later import later
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from memdesc.interop.dask.handles import Transfers as Transfers, statistics as statistics
@@ -25,16 +27,7 @@ _LATER = {
     "Transfers": "memdesc.interop.dask.handles",
 }
 
-
-def __getattr__(name: str) -> object:
-    import importlib
-
-    module = _LATER.get(name)
-    if module is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value: object = getattr(importlib.import_module(module), name)
-    globals()[name] = value
-    return value
+__getattr__ = later(__name__, _LATER)
 
 
 def __dir__() -> list[str]:

@@ -10,6 +10,8 @@ PyTorch is imported when one of them is first asked for; without it that is a
 
 from __future__ import annotations
 
+from memdesc.vm.later import later
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from memdesc.interop.torch.loader import (
@@ -26,16 +28,7 @@ _LATER = {
     "LoaderStatistics": "memdesc.interop.torch.loader",
 }
 
-
-def __getattr__(name: str) -> object:
-    import importlib
-
-    module = _LATER.get(name)
-    if module is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value: object = getattr(importlib.import_module(module), name)
-    globals()[name] = value
-    return value
+__getattr__ = later(__name__, _LATER)
 
 
 def __dir__() -> list[str]:

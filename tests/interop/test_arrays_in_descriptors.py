@@ -302,7 +302,7 @@ def test_arrays_of_a_slab_share_one_descriptor_and_no_byte() -> None:
     before = len(os.listdir("/proc/self/fd"))
     arrays = [slab.empty(count, "u1") for count in (1, 63, 64, 65, 1000)]
     arrays.append(slab.zeros((3, 4), RECORD, "F"))
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
     spans = sorted(
         (found.offset, found.length)
         for found in map(md.descriptor_of, arrays)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -223,22 +224,54 @@ class NoCopier:
         return 0
 
 
-def test_the_collector_may_end_a_connection_while_a_copier_is_registered(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("moment", ["setdefault", "get"])
+def test_the_collector_may_end_a_connection_while_another_begins_or_ends(
+    moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task, dropped, fresh = md.Task.current(), NoCopier(), NoCopier()
+    task, stays, dropped, fresh = md.Task.current(), NoCopier(), NoCopier(), NoCopier()
+    fell_in = []
 
-    class Interrupted(dict[md.Task, list[copyio.Copier]]):
+    class Interrupted(dict[Any, Any]):
+        def _collect(self, when: str) -> None:
+            if when == moment and not fell_in:
+                fell_in.append(when)
+                copyio.unregister_copier(task, dropped)  # as a finalizer does, at any moment
+
         def setdefault(self, key: Any, default: Any = None) -> Any:
-            copyio.unregister_copier(task, dropped)  # as a finalizer does, at any moment
+            self._collect("setdefault")
             return super().setdefault(key, default)
 
-    monkeypatch.setattr(copiers, "_copiers", Interrupted({task: [dropped]}))
-    thread = threading.Thread(target=copyio.register_copier, args=(task, fresh), daemon=True)
+        def get(self, key: Any, default: Any = None) -> Any:
+            self._collect("get")
+            return super().get(key, default)
+
+    def work() -> None:
+        copyio.register_copier(task, fresh)
+        copyio.unregister_copier(task, fresh)
+
+    known = {id(stays): stays, id(dropped): dropped}
+    monkeypatch.setattr(copiers, "_copiers", Interrupted({(task.pid, task.start_time): known}))
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(20)
     assert not thread.is_alive()
-    assert copiers._copiers == {task: [fresh]}
+    assert fell_in
+    assert copiers._copiers == {(task.pid, task.start_time): {id(stays): stays}}
+
+
+def test_a_copier_holds_no_task() -> None:
+    """Whose it is another connection's may be: it would keep the pidfd of that."""
+    first, second = md.Task.current(), md.Task.current()
+    one, other = NoCopier(), NoCopier()
+    copyio.register_copier(first, one)
+    gone = weakref.ref(first)
+    copyio.register_copier(second, other)
+    copyio.unregister_copier(first, one)
+    del first
+    assert gone() is None
+    assert copiers.copier_of(second) is other
+    copyio.unregister_copier(second, other)
+    assert copiers.copier_of(second) is None
 
 
 def test_copiers_are_registered_in_a_fork_child_too() -> None:

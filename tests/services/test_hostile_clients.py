@@ -31,11 +31,11 @@ def service() -> Iterator[md.Service]:
     with md.Service("camera", limits=md.Limits(mappings=4)) as one, md.connect("camera") as honest:
         one.share("it", md.BufferMemoryDescriptor(SHARED, name="honest"))
         honest.map("it").unmap()
-        before = count_fds()
+        before = collected_fds()  # what others left goes now, not in the middle
         yield one
         assert bytes(honest.map("it")) == bytes(SHARED)
         wait_until(lambda: len(one.clients()) == 1 and not one._strangers)
-        wait_until(lambda: collected_fds() == before, timeout=10)
+        wait_until(lambda: collected_fds() <= before, timeout=10)
         assert memfds_mapped("self", "stranger") == 0
 
 

@@ -215,7 +215,7 @@ def test_a_client_that_computes_is_stopped_and_forks_while_it_is_mapped_into():
         assert one.do("c.mappings()") == []
         fds = one.fds()
         push(1, 30)[0].unmap()
-        assert one.fds() == fds
+        assert one.fds() <= fds
 
 
 def test_requests_from_the_io_thread_are_refused():

@@ -34,15 +34,23 @@ class Copier(Protocol):
         """Store `data` at `address` of the task."""
 
 
-_copiers: dict[Task, list[Copier]] = {}
+# By pid and start time: a Task as the key would hold its pidfd, and it may be another connection's.
+_copiers: dict[tuple[int, int], dict[int, Copier]] = {}
 # Reentrant: the collector may end a dropped connection, and unregister its copier, at any moment.
+# So only `register_copier`, which it never calls, takes an inner dict out, and none is replaced.
 _copiers_lock = threading.RLock()
+
+
+def _key(task: Task) -> tuple[int, int]:
+    return task.pid, task.start_time
 
 
 def register_copier(task: Task, copier: Copier) -> None:
     """Offer a way to copy for where the kernel denies it; of several the latest is taken."""
     with _copiers_lock:
-        _copiers.setdefault(task, []).append(copier)
+        for key in [key for key, registered in _copiers.items() if not registered]:
+            del _copiers[key]
+        _copiers.setdefault(_key(task), {})[id(copier)] = copier
 
 
 def renew_lock() -> None:
@@ -60,13 +68,8 @@ def unregister_copier(task: Task, copier: Copier) -> None:
         It was not registered for that task.
     """
     with _copiers_lock:
-        left = [one for one in _copiers.get(task, ()) if one is not copier]
-        if len(left) == len(_copiers.get(task, ())):
+        if _copiers.get(_key(task), {}).pop(id(copier), None) is None:
             raise InvalidArgument(f"{copier!r} is not registered for {task!r}")
-        if left:
-            _copiers[task] = left
-        else:
-            del _copiers[task]
 
 
 def route(task: Task) -> Route:
@@ -98,5 +101,5 @@ def route(task: Task) -> Route:
 def copier_of(task: Task) -> Copier | None:
     """Give the copier that stands in for the kernel, if a task has one."""
     with _copiers_lock:
-        registered = _copiers.get(task)
+        registered = list(_copiers.get(_key(task), {}).values())
         return registered[-1] if registered else None

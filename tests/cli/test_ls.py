@@ -134,12 +134,23 @@ def test_what_is_not_there() -> None:
     done = memdesc("ls", "nowhere")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "nowhere: there is no such service\n"
-    assert as_json("ls", "nowhere", status=1)["services"][0]["state"] == "missing"
+    report = as_json("ls", "nowhere", status=1)
+    assert (report["services"][0]["state"], report["others"]) == ("missing", [])
     done = memdesc("ls")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("No services.\n")
     done = memdesc("ls", "x" * 200)  # no socket can have that name
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+
+
+def test_who_mistypes_a_name_is_told_those_that_there_are() -> None:
+    with md.Service("archive"), md.Service("camera"), md.Service("ca\x1b[2Jm"):
+        assert as_json("ls", "camrea", status=1)["others"] == ["camera", "archive", "ca\x1b[2Jm"]
+        assert as_json("ls", "camera")["others"] == []
+        done = memdesc("ls", "camrea")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "camera" in done.stderr
+    assert "\x1b" not in done.stderr
 
 
 @pytest.mark.leaves("socket", reason="a dead service's is made, to see that it stays")
@@ -150,6 +161,7 @@ def test_the_dead_are_told_apart_and_stay(runtime_dir: Path) -> None:
     (runtime_dir / "no socket").touch()
     report = as_json("ls")
     assert [(one["name"], one["state"]) for one in report["services"]] == [("de\nad", "dead")]
+    assert as_json("ls", "dead", status=1)["others"] == []  # which is no help to anybody
     assert dead.is_socket()
     done = memdesc("ls")
     check_plain(done.stdout)

@@ -139,9 +139,22 @@ def test_tasks_that_are_not_there(tmp_path: Path) -> None:
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
         assert f"{pid}" in done.stderr
     assert memdesc("map", "0").returncode == 2
+    with md.Service("camera"), md.Service("9"):
+        done = memdesc("map", "camrea")
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        assert "there is camera" in done.stderr
     done = memdesc("map", os.getpid(), "--svg", tmp_path / "no" / "\x1b[2Jsuch" / "folder")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
     assert "\x1b" not in done.stderr
+
+
+def test_the_task_of_a_service(runtime_dir: Path) -> None:
+    with Puppet() as one:
+        one.do("s, t = md.Service('camera'), md.Service('9')")
+        assert (
+            as_json("map", "camera")["pid"] == as_json("map", runtime_dir / "9")["pid"] == one.pid
+        )
+        one.do("s.close(); t.close()")
 
 
 def test_an_ordinary_user_of_another_users_task() -> None:

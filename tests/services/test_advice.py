@@ -152,6 +152,26 @@ def test_a_name_that_is_not_there_leads_to_those_that_are(service, client):
         assert "subscribe('secret')" not in told(lambda ask=ask: ask("secret", timeout=0))
 
 
+def test_the_share_of_all_arrays_is_told_by_what_opens_it(service, client):
+    def told(ask) -> str:
+        with pytest.raises(ShareNotFoundError) as caught:
+            ask()
+        assert caught.value.errno == errno.ENOENT
+        return str(caught.value)
+
+    assert "arrays together" in told(lambda: client.arrays(timeout=0))
+    service.share("weights", md.BufferMemoryDescriptor(100))
+    assert "arrays()" not in told(lambda: client.map("wieghts", timeout=0))
+    for name in ("*", "bias", "gamma", "beta", "alpha", "delta", "omega"):
+        service.share(name, md.BufferMemoryDescriptor(100))
+    text = told(lambda: client.map("omeag", timeout=0))
+    assert "there is 'omega', 'weights'" in text  # the nearest first
+    assert "arrays() has all" in text
+    assert "'*'" not in text
+    service.share("*", md.BufferMemoryDescriptor(100), allow=lambda task: False)
+    assert "arrays()" not in told(lambda: client.map("omeag", timeout=0))
+
+
 def test_a_method_that_is_not_there_leads_to_its_neighbour(service, client):
     @service.method
     def measure() -> int:

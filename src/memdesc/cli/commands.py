@@ -116,12 +116,13 @@ def ls(service: str | None, long: bool, as_json: bool) -> None:
     Asks the services of this user (root: of all), and looks at the tasks that this user may look
     at. Nothing is opened, mapped or removed. Exit status: 0; 1 if SERVICE is not there.
     """
+    from memdesc.cli.looking import GONE
     from memdesc.cli.ls import gather
     from memdesc.cli.ls_screen import LsScreen
     from memdesc.cli.words import as_json as to_json
 
     report = gather(service)
-    missing = service is not None and report["services"][0]["state"] in ("dead", "missing")
+    missing = service is not None and report["services"][0]["state"] in GONE
     if as_json:
         print(to_json(report))
     else:
@@ -171,23 +172,26 @@ memdesc.add_command(serve)
 
 
 @memdesc.command("map", short_help="Draw an address space, and who else has what is in it.")
-@click.argument("pid", type=click.IntRange(1, 2**31 - 1), shell_complete=completion.pids)
+@click.argument("task", metavar="PID|SERVICE", shell_complete=completion.tasks)
 @click.option("--all", "whole", is_flag=True, help="Every region in a band of its own.")
 @click.option(
     "--svg", type=click.Path(path_type=Path), metavar="FILE", help="Draw it into FILE instead."
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, with every region.")
-def map_(pid: int, whole: bool, svg: Path | None, as_json: bool) -> None:
-    """Draw the address space of PID, and tell who else has what is shared in it.
+def map_(task: str, whole: bool, svg: Path | None, as_json: bool) -> None:
+    """Draw the address space of PID, or of SERVICE, and who else has what is shared in it.
 
     The address spaces of other users' tasks are for root. Exit status: 0; 1 if there is no such
     task, or nothing of its address space may be seen (it says what would show it).
     """
+    from memdesc.cli.looking import pid_of
     from memdesc.cli.map import gather
     from memdesc.cli.map_screen import MapScreen
     from memdesc.cli.map_svg import draw
     from memdesc.cli.words import as_json as to_json, harmless
 
+    # A service whose name is a number is had by its path.
+    pid = click.IntRange(1, 2**31 - 1)(task) if task.isdecimal() else pid_of(task)
     report = gather(pid)
     if svg is not None and report["hidden"] is None:
         try:

@@ -24,6 +24,11 @@ def services(_: click.Context, __: click.Parameter, begun: str) -> list[Completi
     ]
 
 
+def tasks(context: click.Context, parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+    """Complete a pid, or the name of a service."""
+    return [*pids(context, parameter, begun), *services(context, parameter, begun)]
+
+
 def pids(_: click.Context, __: click.Parameter, begun: str) -> list[CompletionItem]:
     """Complete a pid, with its program beside it where the shell shows that."""
     from memdesc.vm.holders import all_pids

@@ -6,18 +6,19 @@ own. Nothing is swept, opened or granted.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import stat
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from memdesc.cli.words import program_of
+from memdesc.cli.words import harmless, program_of
 from memdesc.errors import (
     AccessDeniedError,
     MemdescError,
@@ -26,12 +27,16 @@ from memdesc.errors import (
 )
 from memdesc.services import folder, protocol
 from memdesc.services.describing import Inquiry, silent
+from memdesc.services.offers import near_names
 from memdesc.services.protocol.describing import Item
 from memdesc.vm.task import Task
 
 PATIENCE = 1.0
 """Seconds that services have to answer, all of them together."""
+GONE = ("dead", "missing")
+"""States of a service that is not there."""
 _MOST_SOCKETS = 1024
+_TOLD = 5
 
 
 @dataclass(slots=True)
@@ -206,6 +211,42 @@ def sockets() -> list[tuple[str, Path]]:
             if other != own:
                 found += [(str(path), path) for path in _sockets_in(other, uid)]
     return found
+
+
+def others(name: str) -> list[str]:
+    """Give the names of services that there are, those first that are nearly that one."""
+    known = [one for one, path in sockets() if one != name and not folder.is_dead(str(path))]
+    near = near_names(name, known)
+    return [*near, *(one for one in known if one not in near)]
+
+
+def tell_others(names: Sequence[str]) -> str:
+    """Say which services there are, in place of one that is not."""
+    if not names:
+        return "there is no other"
+    more = ", ..." if len(names) > _TOLD else ""
+    return f"there is {', '.join(harmless(one, 60) for one in names[:_TOLD])}{more}"
+
+
+def pid_of(name: str) -> int:
+    """Find the process of a service.
+
+    Raises
+    ------
+    ServiceNotFoundError, MemdescError
+        It is not there, or there is no telling whose it is.
+    """
+    with Watch() as watch:
+        (seen,) = watch.look([(name, Path(folder.socket_path(name)))], items=False)
+        pid = seen.pid
+    if pid is not None:
+        return pid
+    if seen.state not in GONE:
+        raise MemdescError(f"of service {name!r} no process is known ({seen.why}): give its pid")
+    raise ServiceNotFoundError(
+        f"{name!r} is no pid, and no service either; {tell_others(others(name))}",
+        errno=errno.ENOENT,
+    )
 
 
 def _other_folders() -> list[tuple[Path, int]]:

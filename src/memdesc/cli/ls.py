@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from memdesc.cli import in_transit
-from memdesc.cli.looking import Seen, Watch, sockets
+from memdesc.cli.looking import GONE, Seen, Watch, others, sockets
 from memdesc.cli.words import program_of
 from memdesc.services import folder, protocol
 from memdesc.vm.holders import HeldObject, Holding, Identity, Survey, survey
@@ -48,6 +48,7 @@ def gather(name: str | None = None) -> dict[str, Any]:
             ]
     return {
         "services": told,
+        "others": [] if name is None or told[0]["state"] not in GONE else others(name),
         "buffers": _of_no_service(seen, claimed, programs) if name is None else [],
         "in_transit": in_transit.gather() if name is None else [],
         "hidden_tasks": seen.hidden,

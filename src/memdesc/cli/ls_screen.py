@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from memdesc.cli.looking import tell_others
 from memdesc.cli.printer import Printer
 from memdesc.cli.words import amount, count, harmless, named, user
 
@@ -35,7 +36,7 @@ class LsScreen(Printer):
                     self._line()
                 self._service(one)
             else:
-                self._row(one)
+                self._row(one, report["others"])
         self._no_service(report["buffers"], long=long)
         for one in report["in_transit"]:
             self._in_transit(one)
@@ -59,12 +60,13 @@ class LsScreen(Printer):
             f"{'service':<{name}} {'pid':>8} {'user':<6} {'program':<{program}}{head}", "bold"
         )
 
-    def _row(self, one: dict[str, Any]) -> None:
+    def _row(self, one: dict[str, Any], others: Sequence[str]) -> None:
         name, program = self._columns()
         if one["state"] != "serving":
             who = "" if one["pid"] is None else f" (task {one['pid']}, {_program(one, 30)})"
+            there = f"; {tell_others(others)}" if others else ""
             self._line(
-                f"{harmless(one['name'], 60)}{who}: {STATES[one['state']]}",
+                f"{harmless(one['name'], 60)}{who}: {STATES[one['state']]}{there}",
                 hang=4,
                 style="yellow",
             )

@@ -10,9 +10,9 @@ from memdesc.errors import ClosedError
 from memdesc.files.loading import Loaded, Progress, changed, load
 from memdesc.files.sources import Files, FileSource, as_sources
 from memdesc.memory.page_kinds import PageKind
-from memdesc.services.accepting import Allow
 from memdesc.services.arrays import ALL
 from memdesc.services.limits import Limits
+from memdesc.services.offers import Allow
 from memdesc.services.service import Service
 from memdesc.vm.forks import lock_for
 

@@ -10,9 +10,8 @@ import socket as sockets
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
-from itertools import islice
-from typing import TYPE_CHECKING, Any, NoReturn, Self, cast
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn, Self, cast
 
 from memdesc.copyio import Route, route
 from memdesc.errors import (
@@ -21,7 +20,6 @@ from memdesc.errors import (
     MemdescError,
     PeerGoneError,
     ProtocolError,
-    ShareNotFoundError,
     TimedOutError,
 )
 from memdesc.loop import Loop, loop, tell_if_forked
@@ -30,6 +28,7 @@ from memdesc.services.channel import hang_up
 from memdesc.services.failures import failed
 from memdesc.services.limits import Limits, check_limits
 from memdesc.services.logs import log
+from memdesc.services.offers import Allow, Offers
 from memdesc.services.peer import Peer
 from memdesc.services.rate import Bucket
 from memdesc.vm import tracing
@@ -41,10 +40,6 @@ if TYPE_CHECKING:
 
     from memdesc.services.service import Service
     from memdesc.services.user_client import UserClient
-
-Allow = Callable[[Task], bool]
-Offers = dict[str, tuple[Mapping[str, Any], Callable[[Any], Allow | None]]]
-"""By kind: what there is by name, and what tells the rule of each."""
 
 STRANGERS = 128
 """Clients that may be connected without having greeted; one more, and the oldest goes."""
@@ -407,44 +402,6 @@ def _is_of_reserve(fd: int) -> bool:
     # The lowest free number is given out: below this one all are taken.
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return most != resource.RLIM_INFINITY and fd >= most - min(RESERVE, most // 4)
-
-
-def allows(rule: Allow | None, client: Accepted, what: str) -> bool:
-    """Whether a further rule, for what has that name, lets a client; one that raises does not."""
-    if rule is None:
-        return True
-    try:
-        return bool(rule(client.task))
-    except BaseException:
-        log.exception("service.rule_failed", extra={"share": what})
-        return False
-
-
-def not_offered(
-    service: Accepting, client: Accepted, kind: str, name: str, what: str
-) -> ShareNotFoundError:
-    """Say that a client finds nothing of a name, and what it would; nothing that a rule hides."""
-    with service._lock:
-        offers = service._offers()
-        known, rule_of = offers[kind]
-        others = [
-            (method, rule(them[name]))
-            for method, (them, rule) in offers.items()
-            if method != kind and name in them
-        ]
-        # Without a rule, so none is called for what nobody asked for; of few, as clients may ask
-        # again and again.
-        few = [one for one in islice(known, 64) if rule_of(known[one]) is None]
-    told = f"service {service.name!r} {what} {name[:80]!r} with you"
-    for method, rule in others:
-        if allows(rule, client, name):
-            told += f": it is had by {method}({name[:80]!r})"
-            break
-    else:
-        if few:
-            told += f"; there is {', '.join(repr(one[:80]) for one in few[:5])}"
-            told += ", …" if len(few) > 5 else ""
-    return ShareNotFoundError(told, errno=errno.ENOENT)
 
 
 def _abandon(io: Loop, listener: folder.Listener) -> None:

@@ -32,15 +32,12 @@ from memdesc.descriptors.base import MemoryDescriptor
 from memdesc.errors import InvalidArgument, ProtocolError, ShareNotFoundError
 from memdesc.mapping import Elements, LocalMemoryMap, elements_of, view_as_array
 from memdesc.portable import UNREADABLE, Natural
-from memdesc.services.protocol.basics import Name, Shape
+from memdesc.services.protocol.basics import ALL as ALL, Name, Shape
 from memdesc.services.shared import SharedWith
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-
-ALL = "*"
-"""The share that has all arrays of a version in it."""
 
 TRAILER = struct.Struct("<Q8s")
 MAGIC = b"MDARRAYS"

@@ -102,7 +102,7 @@ def open_folder(name: str) -> None:
     if entries:
         with locked(folder):
             for entry in entries:
-                if _is_dead(entry):
+                if is_dead(entry):
                     _unlink(entry)
 
 
@@ -174,7 +174,7 @@ class Listener:
         # The file that bind makes takes its mode from the socket: never open, not for an instant.
         os.fchmod(self.sock.fileno(), 0o600)
         with locked(os.path.dirname(self.path) or "."):
-            if _is_socket(self.path) and _is_dead(self.path):
+            if _is_socket(self.path) and is_dead(self.path):
                 _unlink(self.path)
             try:
                 self.sock.bind(self.path)
@@ -253,7 +253,7 @@ def is_served(name: str) -> bool:
     """Whether a living service has a name, as far as can be told without the lock."""
     open_folder(name)
     path = socket_path(name)
-    return _is_socket(path) and not _is_dead(path)
+    return _is_socket(path) and not is_dead(path)
 
 
 def _is_socket(path: str) -> bool:
@@ -289,7 +289,7 @@ def _explained(path: str) -> Iterator[None]:
         ) from error
 
 
-def _is_dead(path: str) -> bool:
+def is_dead(path: str) -> bool:
     """Whether no living process has the socket of a file (ECONNREFUSED), whoever it was.
 
     A datagram socket can not be connected to a service's: the kernel says EPROTOTYPE where there

@@ -6,12 +6,12 @@ import socket as sockets
 from typing import final
 
 from memdesc.descriptors.received import ReceivedMemoryDescriptor
-from memdesc.services.accepting import Allow
 from memdesc.services.calls.serving import Calling
 from memdesc.services.calls.workers import WORKERS, Workers
 from memdesc.services.events import Notifying
 from memdesc.services.folder import Listener
 from memdesc.services.limits import Limits, check_limits
+from memdesc.services.offers import Allow
 from memdesc.services.queues.parts import Queueing
 from memdesc.services.sharing import Sharing
 from memdesc.services.statistics import ServiceStatistics, statistics_of

@@ -20,8 +20,9 @@ from memdesc.errors import (
 from memdesc.handover import pack
 from memdesc.mapping import check_order, elements_of, fit
 from memdesc.services import protocol
-from memdesc.services.accepting import Accepted, Accepting, Allow, Offers, allows, not_offered
+from memdesc.services.accepting import Accepted, Accepting
 from memdesc.services.limits import Limits
+from memdesc.services.offers import Allow, Offers, allows, not_offered
 from memdesc.vm.pages import Access
 from memdesc.vm.task import Task
 

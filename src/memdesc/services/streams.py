@@ -19,8 +19,9 @@ from memdesc.memory.memfd import fitting_name
 from memdesc.memory.page_kinds import PageKind
 from memdesc.queues import notification_pair
 from memdesc.services import protocol
-from memdesc.services.accepting import Accepted, Accepting, Allow, Offers, allows, not_offered
+from memdesc.services.accepting import Accepted, Accepting
 from memdesc.services.limits import Limits
+from memdesc.services.offers import Allow, Offers, allows, not_offered
 from memdesc.streams import Backpressure, Stream, Subscriber
 from memdesc.streams.subscriber import BROKE, HARMLESS
 from memdesc.vm.task import Task

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from memdesc.errors import AccessDeniedError, MemdescError, NameInUseError, TimedOutError
 from memdesc.services import protocol
-from memdesc.services.accepting import Accepted, Accepting, Allow
+from memdesc.services.accepting import Accepted, Accepting
 from memdesc.services.channel import duplicates, hang_up
 from memdesc.services.folder import BACKLOG
 from memdesc.services.limits import Limits
 from memdesc.services.logs import log
+from memdesc.services.offers import Allow
 from memdesc.vm.forks import Flag
 from memdesc.vm.task import Task
 from memdesc.vm.timeouts import check_timeout

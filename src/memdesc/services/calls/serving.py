@@ -11,20 +11,20 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import islice
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 from memdesc.errors import LimitError, MemdescError, MethodNotFoundError, ProtocolError
 from memdesc.handover import MAX_PIECES, too_many_files
 from memdesc.loop import loop
 from memdesc.services import protocol
-from memdesc.services.accepting import Accepted, Accepting, Allow
+from memdesc.services.accepting import Accepted, Accepting
 from memdesc.services.calls.incoming import count_bytes, count_files, count_ranges
 from memdesc.services.calls.methods import Method, running_loop
 from memdesc.services.calls.running import Running
 from memdesc.services.calls.workers import Workers
 from memdesc.services.failures import failed
 from memdesc.services.limits import Limits
+from memdesc.services.offers import Allow, near_names
 from memdesc.services.protocol.calls import MAX_MEMORY
 from memdesc.vm.pages import page_size
 from memdesc.vm.task import Task
@@ -162,13 +162,8 @@ class Calling(Accepting):
 
     def _nearest(self, name: str) -> str:
         """Suggest the method that has nearly that name. Of few, short ones: clients wait."""
-        if len(name) > 40:
-            return ""
-        import difflib
-
         with self._lock:
-            known = [one for one in islice(self._methods, 64) if len(one) <= 40]
-        near = difflib.get_close_matches(name, known, 1)
+            near = near_names(name, self._methods)
         return f": perhaps {near[0]!r}" if near else ""
 
     def _loop_of(self, method: Method) -> AbstractEventLoop | None:

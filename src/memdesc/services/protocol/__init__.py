@@ -27,6 +27,7 @@ from memdesc.services.protocol import (
     succession,
 )
 from memdesc.services.protocol.basics import (
+    ALL as ALL,
     MAX_COPY as MAX_COPY,
     MAX_MESSAGE as MAX_MESSAGE,
     MAX_NAME as MAX_NAME,

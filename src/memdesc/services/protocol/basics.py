@@ -14,8 +14,9 @@ MAX_MESSAGE = 128 * 1024
 """Bytes of a packet at most; below the socket buffer's default (net.core.wmem_default)."""
 MAX_COPY = 64 * 1024
 """Bytes of another task's memory that one message carries at most."""
-
 MAX_NAME = 1024
+ALL = "*"
+"""The share that has all arrays of a version in it: what `Connection.arrays` opens."""
 Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME)]
 Text = Annotated[str, msgspec.Meta(max_length=8192)]
 Shape = Annotated[tuple[Natural, ...], msgspec.Meta(max_length=64)]

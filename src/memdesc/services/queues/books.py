@@ -28,8 +28,9 @@ from memdesc.memory.memfd import fitting_name
 from memdesc.queues import Consumer, Producer, create_data_queue
 from memdesc.queues.layout import CONTROL, memory_for
 from memdesc.services import protocol
-from memdesc.services.accepting import Accepted, Allow
+from memdesc.services.accepting import Accepted
 from memdesc.services.errands import Errands
+from memdesc.services.offers import Allow
 from memdesc.vm.forks import Condition
 from memdesc.vm.pages import Direction
 

@@ -24,8 +24,9 @@ from memdesc.errors import (
 from memdesc.memory.closing import no_descriptor
 from memdesc.queues import Consumer, QueueStatistics, notification_pair
 from memdesc.queues.layout import entry_extent
-from memdesc.services.accepting import Accepted, Allow
+from memdesc.services.accepting import Accepted
 from memdesc.services.arrivals import Arrivals
+from memdesc.services.offers import Allow
 from memdesc.services.queues.books import ClientQueues, Slot
 from memdesc.vm.pages import Direction
 from memdesc.vm.timeouts import deadline_of

@@ -16,10 +16,11 @@ from memdesc.errors import (
 )
 from memdesc.queues.layout import MAX_CAPACITY, memory_for
 from memdesc.services import protocol
-from memdesc.services.accepting import Accepted, Accepting, Allow, Offers, allows, not_offered
+from memdesc.services.accepting import Accepted, Accepting
 from memdesc.services.errands import Errands
 from memdesc.services.failures import failed
 from memdesc.services.limits import Limits
+from memdesc.services.offers import Allow, Offers, allows, not_offered
 from memdesc.services.queues.consumers import ClientConsumers
 from memdesc.services.queues.producers import ClientProducers
 from memdesc.vm.pages import Direction, check_length

@@ -20,7 +20,8 @@ from memdesc.errors import (
 )
 from memdesc.queues import Producer, notification_pair
 from memdesc.queues.layout import ENTRY_HEADER
-from memdesc.services.accepting import Accepted, Allow
+from memdesc.services.accepting import Accepted
+from memdesc.services.offers import Allow
 from memdesc.services.queues.books import ClientQueues, Slot
 from memdesc.vm.pages import Direction
 

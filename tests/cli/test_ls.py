@@ -368,6 +368,7 @@ def test_json_is_one_object(runtime_dir: Path) -> None:
     done = memdesc("ls", "--json")
     assert set(json.loads(done.stdout)) == {
         "services",
+        "others",
         "buffers",
         "in_transit",
         "hidden_tasks",

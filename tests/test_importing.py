@@ -1,6 +1,7 @@
 """Importing: nothing comes before it is used, and all that a use needs comes with it."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -86,7 +87,27 @@ def test_every_name_of_the_face_is_where_the_face_says() -> None:
     }
     given = {**memdesc._LATER, **dict.fromkeys(memdesc._MODULES)}
     assert {name: home for name, home in typed.items() if name in memdesc._LATER} == memdesc._LATER
-    assert set(typed) <= set(given)
+    assert set(typed) == set(given)
+    assert {*memdesc.__all__} <= {*given}
+    assert {*given} <= {*dir(memdesc)}
+    assert "TYPE_CHECKING" not in dir(memdesc)
+
+
+def test_a_star_brings_all_names_that_are_listed() -> None:
+    names: dict[str, object] = {}
+    exec("from memdesc import *", names)
+    assert {*memdesc._LATER, "debug", "dma", "files", "recycler"} <= {*names}
+    assert names["dma"] is memdesc.dma
+
+
+@pytest.mark.parametrize("room", ["dma", "interop", "crossing", "interop.dask", "interop.torch"])
+def test_names_that_come_later_can_be_completed(room: str) -> None:
+    module = importlib.import_module(f"memdesc.{room}")
+    assert module.__all__
+    assert {*module.__all__} <= {*dir(module)}
+    told = f"module 'memdesc.{room}' has no attribute 'nothing'"
+    with pytest.raises(AttributeError, match=re.escape(told)):
+        module.nothing
 
 
 def _is_checking(node: ast.If) -> bool:

@@ -64,7 +64,29 @@ if _sys.platform != "linux":
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from memdesc import debug as debug, dma as dma, files as files, interop as interop
+    from memdesc import (
+        alloc as alloc,
+        copyio as copyio,
+        crossing as crossing,
+        debug as debug,
+        descriptors as descriptors,
+        dma as dma,
+        errors as errors,
+        files as files,
+        handover as handover,
+        interop as interop,
+        iokit as iokit,
+        loop as loop,
+        mapping as mapping,
+        memory as memory,
+        portable as portable,
+        queues as queues,
+        services as services,
+        streams as streams,
+        testing as testing,
+        vm as vm,
+        wiring as wiring,
+    )
     from memdesc.alloc import (
         PageBlock as PageBlock,
         Zone as Zone,
@@ -232,7 +254,7 @@ _MODULES = {room: f"memdesc.{room}" for room in _ROOMS.split()} | {
 }
 
 
-def __getattr__(name: str) -> object:
+def _load(name: str) -> object:
     home = _MODULES.get(name) or _LATER.get(name)
     if home is None:
         raise AttributeError(f"module 'memdesc' has no attribute {name!r}")
@@ -246,8 +268,15 @@ def __getattr__(name: str) -> object:
     return value
 
 
+if not TYPE_CHECKING:  # who goes by the imports above, and so finds a name that is mistyped
+    __getattr__ = _load
+    # Of the rooms, those that the map above gives for use; the others are had by their names.
+    __all__ = list(_LATER)
+    __all__ += ["debug", "dma", "files", "interop", "recycler", "zone_map"]
+
+
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER, *_MODULES})
+    return sorted({*globals(), *_LATER, *_MODULES} - {"TYPE_CHECKING"})
 
 
 if _os.environ.get("MEMDESC_DEBUG", "0") not in ("", "0"):

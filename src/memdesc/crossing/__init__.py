@@ -33,8 +33,8 @@ from memdesc.vm.later import later
 if TYPE_CHECKING:
     from memdesc.crossing.measurement import calibrate as calibrate
 
-# Hardly any program measures.
-__getattr__ = later(__name__, {"calibrate": "memdesc.crossing.measurement"})
+if not TYPE_CHECKING:  # hardly any program measures
+    __getattr__, __dir__ = later(__name__, {"calibrate": "memdesc.crossing.measurement"})
 
 __all__ = [
     "Way",

@@ -24,7 +24,20 @@ if TYPE_CHECKING:
         PinnedMemory as PinnedMemory,
     )
 
-# For GPUs: who reads files does without.
-__getattr__ = later(
-    __name__, dict.fromkeys(("Copy", "CudaDevice", "PinnedMemory"), "memdesc.dma.cuda")
-)
+if not TYPE_CHECKING:  # for GPUs: who reads files does without
+    __getattr__, __dir__ = later(
+        __name__, dict.fromkeys(("Copy", "CudaDevice", "PinnedMemory"), "memdesc.dma.cuda")
+    )
+
+__all__ = [
+    "Copy",
+    "CudaDevice",
+    "DMACommand",
+    "DMASpecification",
+    "DirectFile",
+    "DirectFileStatistics",
+    "PhysicalSegment",
+    "PinnedMemory",
+    "Transferred",
+    "Way",
+]

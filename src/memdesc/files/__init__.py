@@ -14,3 +14,5 @@ from memdesc.files.serving import (
     FileServerStatistics as FileServerStatistics,
 )
 from memdesc.files.sources import FileSource as FileSource
+
+__all__ = ["FileServer", "FileServerStatistics", "FileSource", "Loaded", "load"]

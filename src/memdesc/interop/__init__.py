@@ -18,15 +18,23 @@ if TYPE_CHECKING:
     import memdesc.interop.arrow as arrow
     import memdesc.interop.dask as dask
     import memdesc.interop.multiprocessing as multiprocessing
+    import memdesc.interop.shared_memory as shared_memory
+    import memdesc.interop.torch as torch
 
-__all__ = ["arrays", "arrow", "dask", "multiprocessing"]
-
-_MODULES = ("arrays", "arrow", "dask", "multiprocessing", "shared_memory", "torch")
+__all__ = ["arrays", "arrow", "dask", "multiprocessing", "shared_memory", "torch"]
 
 
-def __getattr__(name: str) -> object:
+def _load(name: str) -> object:
     import importlib
 
-    if name not in _MODULES:
+    if name not in __all__:
         raise AttributeError(f"module 'memdesc.interop' has no attribute {name!r}")
     return importlib.import_module(f"memdesc.interop.{name}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+if not TYPE_CHECKING:
+    __getattr__ = _load

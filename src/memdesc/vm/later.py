@@ -7,8 +7,10 @@ import sys
 from collections.abc import Callable, Mapping
 
 
-def later(package: str, homes: Mapping[str, str]) -> Callable[[str], object]:
-    """Give a package's `__getattr__`; `homes` tells each name's module."""
+def later(
+    package: str, homes: Mapping[str, str]
+) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
+    """Give a package's `__getattr__` and `__dir__`; `homes` tells each name's module."""
 
     def load(name: str) -> object:
         home = homes.get(name)
@@ -18,4 +20,7 @@ def later(package: str, homes: Mapping[str, str]) -> Callable[[str], object]:
         setattr(sys.modules[package], name, value)
         return value
 
-    return load
+    def names() -> list[str]:
+        return sorted({*vars(sys.modules[package]), *homes})
+
+    return load, names

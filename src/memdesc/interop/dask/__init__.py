@@ -27,8 +27,5 @@ _LATER = {
     "Transfers": "memdesc.interop.dask.handles",
 }
 
-__getattr__ = later(__name__, _LATER)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER})
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = later(__name__, _LATER)

@@ -28,8 +28,5 @@ _LATER = {
     "LoaderStatistics": "memdesc.interop.torch.loader",
 }
 
-__getattr__ = later(__name__, _LATER)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER})
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = later(__name__, _LATER)

@@ -120,6 +120,31 @@ def test_the_host_is_of_this_user_and_these_namespaces(here: Context) -> None:
         assert other.do("host_id()") != ends.host
 
 
+def test_what_went_as_bytes_is_counted(here: Context) -> None:
+    def counted(send: Any, context: Context | None) -> tuple[int, ...]:
+        before = statistics()
+        serialize(send, context=context)
+        now = statistics()
+        return (
+            now.sent - before.sent,
+            now.as_bytes - before.as_bytes,
+            now.nbytes_as_bytes - before.nbytes_as_bytes,
+        )
+
+    elsewhere: Context = {"sender": {}, "recipient": {}}
+    descriptor = md.descriptor_of(_array())
+    assert descriptor is not None
+    assert counted(_array(), here) == (1, 0, 0)
+    assert counted(_array(), elsewhere) == (0, 1, LENGTH)
+    assert counted(descriptor, elsewhere) == (0, 1, descriptor.length)
+    assert counted(np.zeros(10, "u1"), here) == (0, 1, 10)
+    assert counted(np.zeros(LENGTH, "u1"), here) == (0, 1, LENGTH)  # private memory
+    for nobody in (None, {}):  # spilled, or of a graph
+        assert counted(_array(), nobody) == counted(descriptor, nobody) == (0, 0, 0)
+    descriptor.close()
+    assert counted(descriptor, elsewhere) == (0, 0, 0)
+
+
 # -- inboxes that are not there, do not answer, are full, are another user's -----------------------
 
 

@@ -85,6 +85,9 @@ class Transfers:
         Handles.
     nbytes_sent, nbytes_received : int
         Bytes of what they stand for.
+    as_bytes, nbytes_as_bytes : int
+        Arrays and descriptors that were sent as bytes, and how many: of small arrays (less than
+        256 KiB), of private memory, and what went where no handle can go. Not what was spilled.
     copied, nbytes_copied : int
         Arrays that were copied into descriptors, to be sent (``Plugin(copy=True)``).
     refused : int
@@ -99,6 +102,8 @@ class Transfers:
     received: int = 0
     nbytes_sent: int = 0
     nbytes_received: int = 0
+    as_bytes: int = 0
+    nbytes_as_bytes: int = 0
     copied: int = 0
     nbytes_copied: int = 0
     refused: int = 0
@@ -115,6 +120,12 @@ def _count(name: str, nbytes: int | None = None) -> None:
         _counts[name] += 1
         if nbytes is not None:
             _counts[f"nbytes_{name}"] += nbytes
+
+
+def _count_bytes(context: Mapping[str, Any] | None, nbytes: int) -> None:
+    """Count what is sent as bytes; what has no recipient is spilled, or goes into a graph."""
+    if context and "recipient" in context:
+        _count("as_bytes", nbytes)
 
 
 def statistics() -> Transfers:
@@ -182,7 +193,9 @@ def dump_array(array: Array, context: Mapping[str, Any] | None = None) -> tuple[
     inbox = _inbox_of(context)
     frame = None if inbox is None else _array_frame(array, inbox)
     if frame is None:
-        return plain.serialize_numpy_ndarray(array, context=context)  # type: ignore[no-any-return]
+        header, frames = plain.serialize_numpy_ndarray(array, context=context)
+        _count_bytes(context, array.nbytes)
+        return header, frames
     _count("sent", array.nbytes)
     return {KEY: "handle"}, [frame]
 
@@ -233,10 +246,12 @@ def dump_descriptor(
         return {KEY: "handle"}, [frame]
     header = {KEY: "bytes", "name": descriptor.name, "direction": descriptor.direction.value}
     try:
-        return header, [_bytes_of(descriptor)]
+        data = _bytes_of(descriptor)
     except REFUSED as error:
         # With what is raised here Dask sends an error, for which the recipient waits for ever.
         return {**header, KEY: "closed", "name": f"{descriptor.name} ({error})"}, []
+    _count_bytes(context, descriptor.length)
+    return header, [data]
 
 
 def _bytes_of(descriptor: MemoryDescriptor) -> memoryview | bytes:

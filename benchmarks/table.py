@@ -12,7 +12,8 @@ the texts, which a reader sums, are memory of its own: an eighth of the table.
 * file: an Arrow IPC file in /dev/shm, memory-mapped by each; somebody has to delete it, and nobody
   does if the program is killed;
 * memdesc: `to_descriptor`, a handle to each, `table`, with all of its validation;
-* trusted: the same without validation.
+* trusted: the same without validation;
+* handle: `to_descriptor`, then the table of that itself through the Pipe, as a handle.
 
 Rounds of all of them alternate, with new readers each time. What holds: the sums are equal; there
 is one copy for all readers together; none of them makes one of its own; and nothing that copies for
@@ -36,6 +37,7 @@ import pyarrow.compute as pc
 from common import finish, summary
 
 from memdesc.interop import arrow
+from memdesc.interop.multiprocessing import installed
 
 MIB = 1 << 20
 SPAWN = mp.get_context("spawn")
@@ -114,12 +116,21 @@ def give_memdesc(table: pa.Table, readers: list[Connection], folder: str) -> Any
     return descriptor
 
 
+def give_handle(table: pa.Table, readers: list[Connection], folder: str) -> Any:
+    lying = arrow.table(arrow.to_descriptor(table), trusted=True)
+    with installed():
+        for data in readers:
+            data.send(lying)
+    return lying
+
+
 WAYS: dict[str, tuple[Callable[..., Any], Callable[[Connection], pa.Table]]] = {
     "pickle": (give_pickle, read_pickle),
     "stream": (give_stream, read_stream),
     "file": (give_file, read_file),
     "memdesc": (give_memdesc, read_memdesc),
     "trusted": (give_memdesc, read_trusted),
+    "handle": (give_handle, read_pickle),
 }
 
 
@@ -212,11 +223,11 @@ def checked(
         "the sums are equal": all(got == expected for got in every),
         "one copy for all readers": all(
             median(way, "memory") <= table.nbytes + count * lengths + slack
-            for way in ("memdesc", "trusted")
+            for way in ("memdesc", "trusted", "handle")
         ),
         "sooner than a pickle or a stream": all(
             median(way, "last") < min(median("pickle", "last"), median("stream", "last"))
-            for way in ("memdesc", "trusted")
+            for way in ("memdesc", "trusted", "handle")
         ),
     }
 

@@ -2,13 +2,15 @@
 
 Descriptors and mappings of this task note the memory that their views are made of. It is found
 again by the exporter at the end of a view's chain, so no map of the address space is read, and a
-buffer that lies in none of ours costs nothing. Nothing here keeps memory or descriptors alive.
+buffer that lies in none of ours costs nothing; of buffers that tell no exporter (PyArrow's) by
+their addresses. Nothing here keeps memory or descriptors alive.
 """
 
 from __future__ import annotations
 
 import sys
 import weakref
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -28,10 +30,19 @@ _homes: weakref.WeakKeyDictionary[_core.MappedMemory, tuple[weakref.ref[Mappable
 """By memory: whose bytes it shows, and at which offset of it the first byte of that would lie."""
 
 
+_noted = object()
+"""Another one with each note: `_sorted` was made of the same notes where it has this one."""
+
+_sorted: tuple[object, list[int], list[weakref.ref[_core.MappedMemory]]] = (None, [], [])
+"""The memories by address, made anew when somebody asks after a note."""
+
+
 def note_home(window: object, descriptor: Mappable, offset: int) -> None:
     """Note that a window shows a descriptor's bytes from `offset` on. The latest note holds."""
+    global _noted
     if isinstance(window, _core.Window):
         _homes[window.memory] = weakref.ref(descriptor), window.offset - offset
+        _noted = object()
         if tracing.books is not None:
             told = partial(_outlived, weakref.ref(descriptor), descriptor.name)
             tracing.books.note(window.memory, told)
@@ -57,16 +68,36 @@ class Home:
 def home_of(buffer: Any) -> Home | None:
     """Find where a buffer lies; None as of `descriptor_of`, and for one of no bytes."""
     window = _exporter_of(buffer)
-    if not isinstance(window, _core.Window):
+    if not isinstance(window, _core.Window) or window.memory not in _homes:
         return None
-    found = _homes.get(window.memory)
+    return _home_in(window.memory, *span_of(buffer))
+
+
+def home_at(address: int, length: int) -> Home | None:
+    """Find where bytes of this task lie that the caller keeps there; None as of `home_of`."""
+    global _sorted
+    noted = _noted
+    known, starts, memories = _sorted
+    if known is not noted:
+        living = [memory for ref in _homes.keyrefs() if (memory := ref()) is not None]
+        living.sort(key=lambda memory: memory.address)
+        starts = [memory.address for memory in living]
+        memories = [weakref.ref(memory) for memory in living]
+        _sorted = noted, starts, memories
+    at = bisect_right(starts, address) - 1
+    memory = memories[at]() if at >= 0 else None
+    # Memory that lives is mapped, and no other is at its addresses.
+    return None if memory is None else _home_in(memory, address, length)
+
+
+def _home_in(memory: _core.MappedMemory, address: int, length: int) -> Home | None:
+    found = _homes.get(memory)
     descriptor: Any = None if found is None else found[0]()
     if found is None or descriptor is None or descriptor.closed:
         return None
-    address, length = span_of(buffer)
-    offset = address - window.memory.address - found[1]
+    offset = address - memory.address - found[1]
     if not length or offset < 0 or offset + length > descriptor.length:
-        return None  # it was shortened since
+        return None  # it was shortened since, or lies behind it
     return Home(descriptor, offset, length)
 
 

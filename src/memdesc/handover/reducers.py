@@ -90,10 +90,14 @@ def take(handle: Handle, what: str) -> ReceivedMemoryDescriptor:
         portable = msgspec.msgpack.decode(header, type=portable_type())
         return unpack(portable, transit.take(address, token))
     except OSError as error:
-        raise HandleLostError(
-            f"{what} that was sent to task {os.getpid()} can not be had: {error}",
-            errno=error.errno,
-        ) from error
+        raise lost(what, error) from error
+
+
+def lost(what: str, error: OSError) -> HandleLostError:
+    """Say that something which was sent can not be had here, and why."""
+    return HandleLostError(
+        f"{what} that was sent to task {os.getpid()} can not be had: {error}", errno=error.errno
+    )
 
 
 def _reduce(descriptor: MemoryDescriptor) -> Any:

@@ -16,6 +16,7 @@ import struct
 import sys
 from typing import TYPE_CHECKING, Any
 
+from memdesc import _core
 from memdesc.copyio import bytes_of
 from memdesc.descriptors.buffer import BufferMemoryDescriptor
 from memdesc.descriptors.homes import lies_immutable
@@ -166,7 +167,9 @@ def table(memory: Buffer, *, trusted: bool = False) -> pa.Table:
             errno=errno.EPERM,
         )
     try:
-        source = pa.py_buffer(view)
+        address, nbytes, _ = _core.buffer_address(view)
+        # Holding what it was made of: a descriptor must stay open to be sent on.
+        source = pa.foreign_buffer(address, nbytes, base=(view, memory))
         if view[: len(_FILE_MAGIC)] == _FILE_MAGIC:
             source = source.slice(len(_FILE_MAGIC))
         _check_in_place(pa, source)
@@ -192,6 +195,9 @@ def _pyarrow() -> Any:
             f"memdesc.interop.arrow needs PyArrow ({error}): pip install 'memdesc[arrow]'",
             name=error.name,
         ) from error
+    handles = sys.modules.get("memdesc.interop.multiprocessing")
+    if handles is not None:
+        handles.see_types()
     return pyarrow
 
 

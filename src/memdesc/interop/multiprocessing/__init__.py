@@ -1,15 +1,16 @@
-"""Arrays that live in descriptors travel through `multiprocessing` as handles, not as bytes.
+"""Arrays and tables in descriptors travel through `multiprocessing` as handles, not as bytes.
 
 After `install`, what is sent of such an array through a Process's arguments, a Queue, a Pipe, a
 Pool or `concurrent.futures` is a few hundred bytes; the receiver maps the same pages. All other
-arrays travel as before. Descriptors themselves travel so without `install`
-(`memdesc.handover.reducers`), and what is told of what is on its way here is told of both.
+arrays travel as before. So do PyArrow's tables (`tables`). Descriptors themselves travel so without
+`install` (`memdesc.handover.reducers`), and what is told of what is on its way here is told of all.
 """
 
 from __future__ import annotations
 
 import copyreg
 import pickle
+import sys
 import typing
 import weakref
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ from memdesc.errors import (
 )
 from memdesc.handover import reducers, transit
 from memdesc.handover.reducers import Handle, HandleLostError as HandleLostError
-from memdesc.interop.arrays import keeper_of, placed
+from memdesc.interop.arrays import Keeper, keeper_of, placed
 from memdesc.vm.pages import Access, check_length
 
 if TYPE_CHECKING:
@@ -73,8 +74,8 @@ class Transit:
 class _Settings:
     access: Access
     plain: str
-    before: Any
-    """What `multiprocessing` reduced arrays with."""
+    before: dict[type, Any]
+    """What `multiprocessing` reduced each type with, None where with nothing of its own."""
 
 
 _settings: _Settings | None = None
@@ -84,6 +85,9 @@ _writable: dict[int, weakref.ref[Array]] = {}
 def install(*, access: Access = Access.READ_ONLY, plain: str = "copy") -> None:
     """Have arrays that live in descriptors sent as handles by this process, from now on.
 
+    PyArrow's tables, batches, arrays and buffers too, always read-only: from now on where PyArrow
+    is imported, else once `memdesc.interop.arrow` was used.
+
     What is received needs no `install`. A fork child has its parent's; a process that is spawned
     has none, and what it sends goes by value until it calls this too
     (``Pool(initializer=install)``). The first process of a family should: it keeps for all what is
@@ -92,9 +96,9 @@ def install(*, access: Access = Access.READ_ONLY, plain: str = "copy") -> None:
     Parameters
     ----------
     access : Access
-        The most that receivers get. READ_WRITE where the array and `max_access` of its descriptor
-        allow it too, else read-only. What `max_access` forbids the kernel forbids; below that it
-        is a courtesy among the processes of one program.
+        The most that receivers get of arrays. READ_WRITE where the array and `max_access` of its
+        descriptor allow it too, else read-only. What `max_access` forbids the kernel forbids;
+        below that it is a courtesy among the processes of one program.
     plain : {"copy", "refuse"}
         What plain `pickle.dumps` does with such an array: copy its bytes, as NumPy does, or raise
         TypeError, so that no large copy goes unnoticed. With protocol 5 the bytes are left to the
@@ -108,20 +112,36 @@ def install(*, access: Access = Access.READ_ONLY, plain: str = "copy") -> None:
     Linux: an abstract Unix socket and SCM_RIGHTS, served by the I/O thread; no privilege. A
     message reaches processes of the same user in the same network namespace.
     """
-    import numpy as np
-
     global _settings
     if plain not in ("copy", "refuse"):
         raise InvalidArgument(f"plain is {plain!r}: give 'copy' or 'refuse'")
     access = Access(access)
-    table = _reducers()
-    before = table.get(np.ndarray) if _settings is None else _settings.before
+    before = {} if _settings is None else _settings.before
     # A child or a fork server that imports the main module does no more until it sends.
     if not getattr(current_process(), "_inheriting", False):
         transit.ways.to_send()
     _settings = _Settings(access, plain, before)
-    table[np.ndarray] = _reduce
+    see_types()
     _refuse_plain(plain == "refuse")
+
+
+def see_types() -> None:
+    """Reduce, if installed, what can be sent as handles: of PyArrow once something imported it."""
+    import numpy as np
+
+    settings = _settings
+    if settings is None:
+        return
+    reduces: dict[type, Callable[[Any], Any]] = {np.ndarray: _reduce}
+    buffer = getattr(sys.modules.get("pyarrow"), "Buffer", None)
+    if buffer is not None:
+        from memdesc.interop.multiprocessing.tables import reduce_buffer
+
+        reduces[buffer] = reduce_buffer
+    table = _reducers()
+    for kind, reduce in reduces.items():
+        settings.before.setdefault(kind, table.get(kind))
+        table[kind] = reduce
 
 
 def uninstall() -> None:
@@ -129,16 +149,15 @@ def uninstall() -> None:
 
     What is on its way can still be received; the socket is closed once nothing is.
     """
-    import numpy as np
-
     global _settings
     if _settings is None:
         return
     table = _reducers()
-    if _settings.before is None:
-        table.pop(np.ndarray, None)
-    else:
-        table[np.ndarray] = _settings.before
+    for kind, before in _settings.before.items():
+        if before is None:
+            table.pop(kind, None)
+        else:
+            table[kind] = before
     _refuse_plain(False)
     _settings = None
     transit.ways.close()
@@ -255,18 +274,18 @@ def _reduce(array: Array) -> Any:
     home = home_of(array)
     settings = _settings
     if home is None or settings is None:
-        return _by_value(array)
+        return by_value(array)
     access = _access(array, home, settings)
     try:
         part = SubMemoryDescriptor(home.descriptor, home.offset, home.length)
         # Below what its seals allow, read-only is a courtesy: a family is one program.
         handle = reducers.leave(part, access, enforced=False)
     except ClosedError:
-        return _by_value(array)  # another thread did it just now
+        return by_value(array)  # another thread did it just now
     except MappingError as error:
         if error.reason in (MappingReason.TOO_MANY_FILES, MappingReason.NOT_ANSWERING):
             raise
-        return _by_value(array)  # private memory, and what else nobody can be given
+        return by_value(array)  # private memory, and what else nobody can be given
     first = array.__array_interface__["data"][0] - span_of(array)[0]
     form = array.dtype, array.shape, array.strides, first
     return _rebuild, (tuple(handle), form)
@@ -279,19 +298,28 @@ def _access(array: Array, home: Home, settings: _Settings) -> Access:
     return Access.READ_WRITE if wanted and allowed else Access.READ_ONLY
 
 
-def _by_value(array: Array) -> Any:
-    if _settings is not None and _settings.before is not None:
-        return _settings.before(array)
-    return array.__reduce_ex__(pickle.DEFAULT_PROTOCOL)
+def by_value(value: Any) -> Any:
+    """Reduce as before `install`."""
+    before = None if _settings is None else _settings.before.get(type(value))
+    return value.__reduce_ex__(pickle.DEFAULT_PROTOCOL) if before is None else before(value)
 
 
 # -- receiving -------------------------------------------------------------------------------------
 
 
+def receive(handle: Handle, what: str) -> tuple[Keeper, int]:
+    """Take and map what was left: (what keeps it, where in that it begins). `HandleLostError`."""
+    received = reducers.take(handle, what)
+    try:
+        return keeper_of(received)
+    except OSError as error:
+        received.close()
+        raise reducers.lost(what, error) from error
+
+
 def _rebuild(handle: tuple[bytes, bytes, bytes], form: Any) -> Array:
     dtype, shape, strides, first = form
-    received = reducers.take(Handle(*handle), f"an array of shape {shape} and dtype {dtype}")
-    keeper, start = keeper_of(received)
+    keeper, start = receive(Handle(*handle), f"an array of shape {shape} and dtype {dtype}")
     return placed(keeper, shape, dtype, offset=start + first, strides=strides)
 
 

@@ -1,4 +1,4 @@
-"""A subscription that another thread closes in the middle of a call: an error, no stray access."""
+"""What another thread closes in the middle of a call: an error, no stray access."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import memdesc as md
-from memdesc.streams import layout, subscription
+from memdesc.streams import Stream, layout, subscription
 
 
 def test_a_subscription_that_is_closed_while_it_looks(monkeypatch):
@@ -50,3 +50,14 @@ def test_a_slot_that_is_given_back_while_its_array_is_made(monkeypatch):
         with pytest.raises(md.ClosedError):
             slot.array  # a property, which makes it
         assert not slot.held
+
+
+def test_a_stream_that_is_closed_while_a_loaned_slots_array_is_made(monkeypatch):
+    make = layout._array
+    with monkeypatch.context() as patched:
+        patched.setattr(layout, "_array", lambda *arguments: (stream.close(), make(*arguments))[1])
+        stream = Stream(shape=(100,), dtype="u1")
+    slot = stream.loan()
+    with pytest.raises(md.ClosedError):
+        slot.array  # a property, which makes it
+    slot.discard()

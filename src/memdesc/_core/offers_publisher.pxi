@@ -295,8 +295,9 @@ cdef class LoanedSlot:
         self.loaned()
         array = self.stream.arrays[self.index]
         if array is None:
-            array = self.stream.arrays[self.index] = self.stream.make_array(
-                self.window(self.stream.slot_size))
+            array = self.stream.make_array(self.window(self.stream.slot_size))
+            self.loaned()  # another thread may have closed the stream meanwhile
+            self.stream.arrays[self.index] = array
         return array
 
     cdef Window window(self, size_t nbytes):

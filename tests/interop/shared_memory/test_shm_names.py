@@ -7,6 +7,7 @@ import itertools
 import multiprocessing
 import os
 import resource
+import select
 import shutil
 import signal
 import subprocess
@@ -30,7 +31,7 @@ from memdesc import (
     RangeError,
     UnsupportedError,
 )
-from memdesc.interop.shared_memory import SharedMemory, folder, keeping, names
+from memdesc.interop.shared_memory import SharedMemory, folder, holders, keeping, names
 
 Closing = Callable[[Any], Any]
 
@@ -461,6 +462,37 @@ def test_a_descriptor_that_means_something_else_now_is_not_opened(closing: Closi
     block.close()
     with pytest.raises(BlockNotFoundError):
         block.unlink()
+
+
+def test_what_a_number_means_only_after_a_look_at_it_is_not_opened(
+    closing: Closing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To open it could wait for who serves that file, or start something."""
+    block = closing(SharedMemory("frames", create=True, size=100))
+    for real in entries("frames").iterdir():
+        real.unlink()
+    number = os.dup(block.fileno())
+    forge("frames", os.getpid(), 1, number)
+    os.mkfifo(tmp_path / "fifo")
+    reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    readlink = os.readlink
+
+    def look(path: str) -> str:
+        shown = readlink(path)
+        if path.startswith("/proc/"):
+            os.dup2(reader, number)
+        return shown
+
+    with monkeypatch.context() as patched:
+        patched.setattr(holders.os, "readlink", look)
+        there = SharedMemory("frames")  # what was looked at, which is the block still
+    assert there.size == 100
+    poll = select.poll()
+    poll.register(reader, 0)
+    assert poll.poll(0) == []  # POLLHUP: somebody opened it for writing, and closed it
+    there.close()
+    for fd in (number, reader):
+        os.close(fd)
 
 
 def test_entries_of_the_dead_go_when_someone_looks(closing: Closing) -> None:

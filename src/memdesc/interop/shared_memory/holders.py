@@ -210,11 +210,14 @@ def _shows(shown: str, token: str) -> bool:
 
 def open_holder(holder: Holder, token: str, flags: int, refusals: list[int]) -> int:
     """Open what a holder has: a descriptor, or -1. Nothing is opened but a memfd of ours."""
-    path = f"/proc/{holder.pid}/fd/{holder.fd}"
     try:
-        if not _shows(os.readlink(path), token):
-            return -1
-        fd = os.open(path, flags)
+        # A handle opens nothing yet, and is of the same file whatever the number means by then.
+        handle = os.open(f"/proc/{holder.pid}/fd/{holder.fd}", os.O_PATH | os.O_CLOEXEC)
+        try:
+            link = f"/proc/self/fd/{handle}"
+            return os.open(link, flags) if _shows(os.readlink(link), token) else -1
+        finally:
+            os.close(handle)
     except PermissionError:
         if _still_runs(holder):
             refusals.append(holder.pid)
@@ -223,10 +226,6 @@ def open_holder(holder: Holder, token: str, flags: int, refusals: list[int]) -> 
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise too_many_files(error) from error
         return -1
-    if _shows(os.readlink(f"/proc/self/fd/{fd}"), token):
-        return fd
-    os.close(fd)  # it closed the block and opened something else between our two looks
-    return -1
 
 
 _me = (0, 0)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
 import mmap
 import os
 import resource
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -14,18 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from children import become, in_child
+from children import NOBODY, become, in_child, kill, start
 from puppets import count_fds, end_holder, wait_until
 
 import memdesc as md
 from memdesc import _core
-from memdesc.handover import transit
-from memdesc.handover.holder import ANSWER, KEEP, NO_FILES, TOKEN, YES, Holder, peer_of
+from memdesc.handover import holder as holders, transit
+from memdesc.handover.holder import ANSWER, COUNT, KEEP, NO_FILES, TOKEN, YES, Holder, peer_of
 from memdesc.interop import multiprocessing as handles
 from memdesc.memory import closing
 
 PAGE = md.page_size
 NOTHING = handles.Transit(0, 0, 0)
+STRANGER = 12345
+CLONE_NEWUSER = 0x10000000
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 
@@ -158,23 +163,32 @@ def test_what_no_receiver_would_take_is_refused_where_it_is_sent(tmp_path: Path)
 
 def full_backlog() -> tuple[socket.socket, bytes, list[socket.socket]]:
     """Who listens and takes nobody in, as a stopped holder; and who waits there, of any user."""
-    address = b"\0memdesc-transit-" + os.urandom(16).hex().encode()
+    address = new_address()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(address)
     listener.listen(0)
+    return listener, address, filled(address)
+
+
+def new_address() -> bytes:
+    return transit.PREFIX + os.urandom(16).hex().encode()
+
+
+def filled(address: bytes) -> list[socket.socket]:
+    """As many who wait there as may."""
     waiting = []
     with pytest.raises(BlockingIOError):
         while True:
             waiting.append(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
             waiting[-1].setblocking(False)
             waiting[-1].connect(address)
-    return listener, address, waiting
+    return waiting
 
 
 def test_where_too_many_wait_one_waits_too_but_not_for_ever() -> None:
     listener, address, waiting = full_backlog()
     with pytest.raises(md.TimedOutError) as late:
-        transit.Link(address, 0.05)
+        transit.Link(address, 0.05).open()
     assert late.value.errno == errno.ETIMEDOUT
     begun = threading.Event()
 
@@ -186,11 +200,132 @@ def test_where_too_many_wait_one_waits_too_but_not_for_ever() -> None:
     thread.start()
     threading.Timer(0.02, begun.set).start()
     link = transit.Link(address, 60)
+    link.open()
     assert link.pid == os.getpid()
     thread.join(60)
     link.close()
     for sock in (listener, *waiting):
         sock.close()
+
+
+def test_a_stopped_holder_holds_up_none_but_those_who_want_it() -> None:
+    address, (ready, told) = new_address(), os.pipe()
+
+    def keep() -> None:
+        Holder(address, None)
+        os.write(told, b"!")
+        signal.pause()
+
+    pid = start(keep)
+    assert os.read(ready, 1) == b"!"
+    os.kill(pid, signal.SIGSTOP)
+    os.waitpid(pid, os.WUNTRACED)
+    waiting, errors = filled(address), []
+
+    def want() -> None:
+        try:
+            transit.take(address, bytes(TOKEN))
+        except md.PeerGoneError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=want)
+    thread.start()
+    wait_until(lambda: address in transit.ways._links)
+    assert ForkingPickler.loads(dumped()).length == PAGE
+    assert thread.is_alive()
+    kill(pid)
+    thread.join(60)
+    assert [error.errno for error in errors] == [errno.ECONNREFUSED]
+    for sock in waiting:
+        sock.close()
+    os.close(ready), os.close(told)
+
+
+def knocks(address: bytes) -> int:
+    """How often a stranger is hung up before nobody looks at him."""
+    for count in range(10_000):
+        with stranger(address) as sock:
+            sock.settimeout(0.1 if count else 60)
+            try:
+                assert sock.recv(1) == b""
+            except TimeoutError:
+                return count
+    raise AssertionError("the holder does nothing else")
+
+
+def test_strangers_are_looked_at_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    keeps = holder()
+    with monkeypatch.context() as patched:
+        patched.setattr(holders, "_PAUSE", 3600.0)
+        assert in_child(lambda: knocks(keeps.address), before=lambda: become(STRANGER)) > 0
+    keeps._loop.run(keeps._watch)
+    assert in_child(lambda: counted(keeps.address)) == (0, 0, 0)
+
+
+@pytest.mark.slow
+def test_own_processes_get_in_beside_strangers_who_knock_without_end() -> None:
+    keeps = holder()
+    ready, told = os.pipe()
+
+    def knock() -> None:
+        become(STRANGER)
+        os.write(told, b"!")
+        while True:
+            with contextlib.suppress(OSError):
+                stranger(keeps.address).close()
+
+    in_child(lambda: None, before=lambda: become(STRANGER))  # or skip
+    pids = [start(knock) for _ in range(2)]
+    assert len(os.read(ready, 1) + os.read(ready, 1)) == 2
+    assert [in_child(lambda: counted(keeps.address)) for _ in range(2)] == [(0, 0, 0)] * 2
+    for pid in pids:
+        kill(pid)
+    os.close(ready), os.close(told)
+
+
+def test_who_has_no_number_in_a_user_namespace_is_no_user_of_it() -> None:
+    """There all of them are told as 65534, which is a user there, too."""
+    address = new_address()
+    (ready, told), (go, gone) = os.pipe(), os.pipe()
+
+    def keep() -> None:
+        os.write(told, b"n" if ctypes.CDLL(None).unshare(CLONE_NEWUSER) else b"y")
+        assert os.read(go, 1)
+        become(NOBODY)
+        Holder(address, None)
+        assert in_child(lambda: counted(address)) == (0, 0, 0)
+        os.write(told, b"!")
+        signal.pause()
+
+    def knock() -> bytes:
+        with stranger(address) as sock:
+            with pytest.raises(md.AccessDeniedError):
+                counted(address)
+            with contextlib.suppress(BrokenPipeError):  # it hung up already
+                sock.send(COUNT)
+            return sock.recv(ANSWER)
+
+    pid = start(keep)
+    try:
+        if os.read(ready, 1) == b"n":
+            pytest.skip("this user can make no user namespace")
+        try:
+            for table in ("uid_map", "gid_map"):
+                Path(f"/proc/{pid}/{table}").write_text(f"{NOBODY} 165534 1")
+        except PermissionError as error:
+            pytest.skip(f"this user can give another one no number there: {error}")
+        os.write(gone, b"!")
+        assert os.read(ready, 1) == b"!"
+        assert in_child(knock, before=lambda: become(STRANGER)) == b""
+    finally:
+        kill(pid)
+        for fd in (ready, told, go, gone):
+            os.close(fd)
+
+
+def counted(address: bytes) -> tuple[int, ...]:
+    with contextlib.closing(transit.Link(address)) as link:
+        return tuple(link.counts())
 
 
 def test_what_an_argument_is_kept_for_is_collected_in_a_fork_child(

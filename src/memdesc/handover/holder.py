@@ -51,6 +51,8 @@ _SHARE = 3, 4
 ever takes, and whoever connects, leaves the program some to go on with."""
 _BLOCK = 512
 _PAUSE = 0.05
+_OVERFLOW = 65534
+"""What the kernel tells of users that have no number in a user namespace (overflowuid)."""
 _BACKLOG = 256
 
 
@@ -242,17 +244,33 @@ class Holder:
             self._loop.watch(self._sock.fileno(), self._accept)
 
     def _accept(self, _: int) -> None:
-        try:
-            link, _address = self._sock.accept()
-        except BlockingIOError:
-            return
-        except OSError:  # no descriptor is left; some will come back
-            self._loop.forget(self._sock.fileno())
-            self._loop.later(_PAUSE, self._watch)
-            return
-        if peer_of(link)[1] != os.geteuid():
-            link.close()
-            return
+        """Take in who waits. Strangers among them make all who come next wait for a moment.
+
+        Any user can knock at an abstract name: so it costs little, and of those who wait nobody is
+        left waiting.
+        """
+        strangers = False
+        for _ in range(_BACKLOG):
+            try:
+                link, _address = self._sock.accept()
+            except BlockingIOError:
+                break
+            except OSError:  # no descriptor is left; some will come back
+                self._rest()
+                return
+            if is_ours(*peer_of(link)):
+                self._take_in(link)
+            else:
+                link.close()
+                strangers = True
+        if strangers:
+            self._rest()
+
+    def _rest(self) -> None:
+        self._loop.forget(self._sock.fileno())
+        self._loop.later(_PAUSE, self._watch)
+
+    def _take_in(self, link: sockets.socket) -> None:
         link.setblocking(False)
         if self._links and len(self._links) + len(self._objects) >= _most_descriptors():
             self._hang_up(next(iter(self._links)))  # who comes back for more connects again
@@ -373,6 +391,25 @@ def peer_of(sock: sockets.socket) -> tuple[int, int]:
         sock.getsockopt(sockets.SOL_SOCKET, sockets.SO_PEERCRED, _CREDENTIALS.size)
     )
     return int(pid), int(user)
+
+
+def is_ours(pid: int, user: int) -> bool:
+    """Whether a peer is of our own user."""
+    if user != os.geteuid():
+        return False
+    if user != _OVERFLOW:
+        return True
+    with open("/proc/self/uid_map") as table:
+        if table.read().split() == ["0", "0", str(2**32 - 1)]:
+            return True
+    # Whoever has no number in this user namespace is told as this one, whom alone signals reach;
+    # of another pid namespace (0) nothing more can be known.
+    try:
+        if pid > 0:
+            os.kill(pid, 0)
+    except OSError:
+        return False
+    return pid > 0
 
 
 def not_there() -> PeerGoneError:

@@ -40,6 +40,7 @@ from memdesc.handover.holder import (
     Counts,
     Holder,
     counts_in,
+    is_ours,
     not_there,
     peer_of,
     too_many_objects,
@@ -69,29 +70,45 @@ class HolderLike(Protocol):
 
 
 class Link:
-    """The way to the holder of another process: `pid`, as far as this one sees it.
+    """The way to the holder of another process, connected when it is asked, and again if need be.
 
-    `limit` is what that said last of the bytes that it keeps; None: no limit, or it said nothing.
+    `pid` is that process, as far as this one sees it. `limit` is what it said last of the bytes
+    that it keeps; None: no limit, or it said nothing. Threads: one at a time asks.
     """
+
+    _sock: sockets.socket | None = None
 
     def __init__(self, address: bytes, patience: float | None = None) -> None:
         self.address = address
+        self.pid = 0
         self.limit: int | None = None
+        self._patience = PATIENCE if patience is None else patience
         self._lock = lock_for(self)
-        self._sock = sockets.socket(sockets.AF_UNIX, sockets.SOCK_SEQPACKET)
-        patience = PATIENCE if patience is None else patience
+
+    def open(self) -> None:
+        """Connect, unless it is connected."""
+        if not self._lock._is_owned():  # else a signal handler of the thread that is about to
+            with self._lock:
+                self._connected()
+
+    def _connected(self) -> sockets.socket:
+        sock = self._sock
+        if sock is not None and not self.closed:
+            return sock
+        self._sock = None  # it is not closed: who wants it waits for this attempt
+        sock = sockets.socket(sockets.AF_UNIX, sockets.SOCK_SEQPACKET)
         try:
-            self._sock.settimeout(patience)
-            self._connect(patience)
-            self.pid, user = peer_of(self._sock)
-            if user != os.geteuid():
+            sock.settimeout(self._patience)
+            self._connect(sock)
+            self.pid, user = peer_of(sock)
+            if not is_ours(self.pid, user):
                 raise AccessDeniedError(
                     f"what keeps the memory belongs to user {user}, this process to user "
                     f"{os.geteuid()}: handles travel between processes of one user",
                     errno=errno.EACCES,
                 )
         except (ConnectionRefusedError, FileNotFoundError) as error:
-            self._sock.close()
+            sock.close()
             raise PeerGoneError(
                 "the process that kept the memory has ended (have the first one of the program "
                 "call memdesc.interop.multiprocessing.install(): then that one keeps it), or this "
@@ -99,21 +116,24 @@ class Link:
                 errno=error.errno,
             ) from error
         except BaseException:
-            self._sock.close()
+            sock.close()
             raise
+        finally:
+            self._sock = sock
+        return sock
 
-    def _connect(self, patience: float) -> None:
+    def _connect(self, sock: sockets.socket) -> None:
         """Connect, trying again while too many wait for it: any user may, and it may be stopped."""
-        until = time.monotonic() + patience
+        until = time.monotonic() + self._patience
         while True:
             try:
-                self._sock.connect(self.address)
+                sock.connect(self.address)
                 return
             except BlockingIOError as error:
                 if time.monotonic() >= until:
                     raise TimedOutError(
-                        f"what keeps the memory took no connection within {patience:g} s: its "
-                        "queue of those who wait is full (stopped?)",
+                        f"what keeps the memory took no connection within {self._patience:g} s: "
+                        "its queue of those who wait is full (stopped?)",
                         errno=errno.ETIMEDOUT,
                     ) from error
             time.sleep(_PAUSE)
@@ -141,14 +161,15 @@ class Link:
 
     def _ask(self, message: bytes, fds: Sequence[int]) -> list[int]:
         if self._lock._is_owned():  # a signal handler of the thread that waits further down
-            with closing(Link(self.address)) as other:
+            with closing(Link(self.address, self._patience)) as other:
                 return other._ask(message, fds)
         with self._lock:
+            sock = self._connected()
             try:
-                send_with_fds(self._sock, message, fds)
-                answer, came = receive_with_fds(self._sock, ANSWER, ANSWER)
+                send_with_fds(sock, message, fds)
+                answer, came = receive_with_fds(sock, ANSWER, ANSWER)
             except BaseException:
-                self.close()  # the answer to come would be taken for that to the next question
+                sock.close()  # the answer to come would be taken for that to the next question
                 raise
         self._counts, limit = counts_in(answer)
         self.limit = limit or None
@@ -162,19 +183,21 @@ class Link:
         raise not_there()
 
     def fileno(self) -> int:
-        """The socket's descriptor."""
-        return self._sock.fileno()
+        """The socket's descriptor; -1: it has none."""
+        return -1 if self._sock is None else self._sock.fileno()
 
     def close(self) -> None:
         """Hang up."""
-        if hasattr(self, "_sock"):
+        if self._sock is not None:
             self._sock.close()
 
     __del__ = close
 
     @property
     def closed(self) -> bool:
-        """Whether it can be asked no more: this end, or the holder, has hung up."""
+        """Whether it was hung up, by this end or the holder."""
+        if self._sock is None:
+            return False
         poller = select.poll()
         if (fd := self._sock.fileno()) >= 0:
             poller.register(fd, 0)  # no answer that is on its way, its end alone
@@ -203,17 +226,20 @@ class Ways:
         with self._lock:
             if self._holder is not None and self._holder.go_on():
                 return self._holder
-            address = _family_address()
-            try:
-                return self._link(address)
-            except (PeerGoneError, AccessDeniedError):
-                self._holder = self._open(address)
+            link = self._link(_family_address())
+        try:
+            link.open()  # without the lock: a holder that is stopped holds up who wants it, only
+        except (PeerGoneError, AccessDeniedError):
+            with self._lock:
+                if self._holder is None or not self._holder.go_on():  # another thread made none
+                    self._holder = self._open(link.address)
                 return self._holder
+        return link
 
     def fds(self) -> set[int]:
         """The descriptors of its sockets, which last as this process does; not what is kept."""
         with self._lock:
-            links = {link.fileno() for link in self._links.values()}
+            links = {link.fileno() for link in self._links.values()} - {-1}
             return links if self.holder is None else links | self.holder.fds()
 
     def limit(self, nbytes: int | None) -> None:
@@ -254,9 +280,7 @@ class Ways:
     def close(self) -> None:
         """Hang up, and end the holder once nothing waits there."""
         with self._lock:
-            for link in self._links.values():
-                link.close()
-            self._links.clear()
+            self._links.clear()  # each is closed with the last thread that asks there
             if self._holder is not None:
                 self._holder.end_when_idle()
 

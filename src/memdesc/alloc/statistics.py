@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from memdesc.memory.zone_map import ZoneMapStatistics
+from memdesc.records import record
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ZoneStatistics:
     """What one zone has, holds and did. Sizes in bytes; counts since it was made.
 
@@ -90,7 +89,7 @@ _COLUMNS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ZoneTable:
     """All zones of this process at one moment; `print` shows it as a table.
 

@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from multiprocessing import Pipe as make_pipe
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ import memdesc as md
 from memdesc.cli import demo_kernel as kernel
 from memdesc.cli.demo_files import Source
 from memdesc.cli.demo_processes import Answer, Program, Programs, answers
+from memdesc.records import record
 from memdesc.vm.physical import same_pages
 from memdesc.vm.regions import region_at
 
@@ -45,7 +46,7 @@ class Telling(Protocol):
         """Tell that a way's turn is over: gigabytes a second."""
 
 
-@dataclass(slots=True)
+@record(frozen=False)
 class Group:
     """The driver and the clients of one way."""
 

@@ -13,8 +13,9 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from memdesc.records import record
 
 _LARGE = 4 << 20
 _MOST_FILES = 6
@@ -25,7 +26,7 @@ class UnusableFile(Exception):
     """A file can not be used; the text says which, why, and what to do."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Source:
     """A file, and what is true of it."""
 

@@ -21,9 +21,6 @@ from memdesc.vm.pages import Access, page_size, page_span
 from memdesc.vm.regions import ObjectKind, Region, regions_in
 from memdesc.vm.task import Task
 
-SMALLEST_MAPPED = 1 << 20
-"""Bytes; below, finding the object costs more than any copy, and no threshold is looked at."""
-
 _KINDS = (ObjectKind.SHARED_ANONYMOUS, ObjectKind.MEMFD, ObjectKind.HUGETLB)
 
 

@@ -7,9 +7,16 @@ import io
 from typing import TYPE_CHECKING
 
 from memdesc import _core
-from memdesc.copyio.by_mapping import SMALLEST_MAPPED, copy_by_mapping
 from memdesc.copyio.copiers import copier_of
-from memdesc.copyio.transfer import STEP, bytes_of, check_place, check_size, place_in, transfer
+from memdesc.copyio.transfer import (
+    SMALLEST_MAPPED,
+    STEP,
+    bytes_of,
+    check_place,
+    check_size,
+    place_in,
+    transfer,
+)
 from memdesc.errors import AllocationError, CopyError, InvalidArgument, StringTooLongError
 from memdesc.memory.limits import check_available
 from memdesc.vm.pages import page_size
@@ -231,8 +238,11 @@ def copyinstr(task: Task, address: int, maximum: int) -> bytes:
 def _read(task: Task, address: int, view: memoryview, doing: str) -> int:
     check_task(task)
     place = check_place(task, address, len(view), doing)
-    if len(view) >= SMALLEST_MAPPED and copy_by_mapping(task, place, view):
-        return len(view)
+    if len(view) >= SMALLEST_MAPPED:
+        from memdesc.copyio.by_mapping import copy_by_mapping
+
+        if copy_by_mapping(task, place, view):
+            return len(view)
     copier = copier_of(task)
     return transfer(
         task,

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 STEP = 64 << 20
 """Bytes copied per call: signals are honoured in between, and the kernel takes at most 2 GiB."""
 
+SMALLEST_MAPPED = 1 << 20
+"""Bytes; below, finding the object costs more than any copy, and no threshold is looked at."""
+
 _END = 1 << 63
 """No 64-bit Linux gives a task addresses from here on: they are the kernel's."""
 

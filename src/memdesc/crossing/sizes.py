@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 from memdesc.errors import InvalidArgument
+from memdesc.records import record
 from memdesc.vm.pages import check_integer
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Thresholds:
     """The sizes at which one way becomes better than another. Bytes; None is never.
 

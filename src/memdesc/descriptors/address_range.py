@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, final
 from memdesc import _core
 from memdesc.copyio import bytes_of, copyin, copyin_into, copyout
 from memdesc.descriptors.base import MemoryDescriptor, PageCounts
-from memdesc.descriptors.freezing import Reader
 from memdesc.errors import (
     InvalidArgument,
     MappingError,
@@ -43,6 +42,8 @@ from memdesc.wiring import wire
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer  # collections.abc has it from 3.12 on
+
+    from memdesc.descriptors.freezing import Reader
 
 _REASONS = (NotPrivilegedError, TaskGoneError, TimedOutError)
 

@@ -11,19 +11,16 @@ import errno
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from memdesc import _core
 from memdesc.copyio import bytes_of
-from memdesc.descriptors.copy_on_write import SnapshotReason
-from memdesc.descriptors.freezing import Frozen, Reader, copied
 from memdesc.descriptors.mappable import Mappable
 from memdesc.descriptors.statistics import DescriptorStatistics
 from memdesc.errors import InvalidArgument, NotPreparedError, SealedError, WiringError, WiringReason
 from memdesc.mapping import GivesArrays, LocalMemoryMap, check_range, view_as_array
+from memdesc.records import record
 from memdesc.vm.pages import Direction, page_size, page_span
-from memdesc.vm.physical import PhysicalSegment, physical_runs
 from memdesc.vm.task import Task
 
 if TYPE_CHECKING:
@@ -31,14 +28,16 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from typing_extensions import Buffer  # collections.abc has it from 3.12 on
 
+    from memdesc.descriptors.freezing import Frozen, Reader
     from memdesc.descriptors.snapshot import SnapshotMemoryDescriptor
+    from memdesc.vm.physical import PhysicalSegment
 
 
 def _nothing() -> None:
     """What undoes a wiring that there is not."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class PageCounts:
     """Pages that a descriptor touches, and how many of them are in memory now."""
 
@@ -81,6 +80,9 @@ class MemoryDescriptor(GivesArrays, Mappable):
 
     def _freeze(self, offset: int, length: int) -> Frozen:
         """Make a part immutable. Kinds that can do it without copying all of it override it."""
+        from memdesc.descriptors.copy_on_write import SnapshotReason
+        from memdesc.descriptors.freezing import copied
+
         read = self._reader()
         return copied(
             lambda at, into: read(offset + at, into),
@@ -330,6 +332,8 @@ class MemoryDescriptor(GivesArrays, Mappable):
                 f"{self.name!r} is not prepared, so its pages lie anywhere or nowhere: prepare() "
                 "it first, or use a DMACommand"
             )
+        from memdesc.vm.physical import physical_runs
+
         address = _core.buffer_address(memoryview(self))[0]
         return physical_runs([(address + offset, length)]) if length else []
 

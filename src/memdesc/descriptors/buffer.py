@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Protocol, final
 
 from memdesc import _core
 from memdesc.copyio import bytes_of
-from memdesc.descriptors import copy_on_write
 from memdesc.descriptors.base import MemoryDescriptor, _nothing
-from memdesc.descriptors.freezing import Frozen, freeze_buffer
 from memdesc.descriptors.homes import note_home
 from memdesc.descriptors.statistics import BufferStatistics
 from memdesc.errors import InvalidArgument, PageKindError, RangeError
@@ -35,6 +33,8 @@ from memdesc.wiring import wire
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer  # collections.abc has it from 3.12 on
+
+    from memdesc.descriptors.freezing import Frozen
 
 
 class LengthWatcher(Protocol):
@@ -369,6 +369,8 @@ class BufferMemoryDescriptor(MemoryDescriptor):
         return wire(self._window.address, self.capacity, keep=self._window.memory).release
 
     def _freeze(self, offset: int, length: int) -> Frozen:
+        from memdesc.descriptors.freezing import freeze_buffer
+
         with self._lock:
             if offset or length != self._length:
                 return super()._freeze(offset, length)
@@ -390,6 +392,8 @@ class BufferMemoryDescriptor(MemoryDescriptor):
             return
         with allocation.object.lock:
             if allocation.object.lifecycle.state is State.DETACHED:
+                from memdesc.descriptors import copy_on_write
+
                 self.moved_bytes += copy_on_write.attach(allocation, self.capacity)
                 self.moves += 1
                 self._fixed = None

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, final
 
 from memdesc import _core
 from memdesc.descriptors.base import MemoryDescriptor, PageCounts, check_descriptor
-from memdesc.descriptors.freezing import Reader
 from memdesc.errors import InvalidArgument
 from memdesc.mapping import Extent, Placement, check_range, map_extents
 from memdesc.vm.pages import Access, Direction
 
 if TYPE_CHECKING:
-    pass  # collections.abc has it from 3.12 on
+    from memdesc.descriptors.freezing import Reader
+    # collections.abc has it from 3.12 on
 
 
 @final

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from typing import final
+from typing import TYPE_CHECKING, final
 
 from memdesc import _core
 from memdesc.descriptors.base import MemoryDescriptor, _nothing
-from memdesc.descriptors.copy_on_write import SnapshotReason
-from memdesc.descriptors.freezing import Frozen
 from memdesc.descriptors.homes import note_home
 from memdesc.errors import SealedError, WiringError, WiringReason
 from memdesc.mapping import Extent, map_extents, part_of
 from memdesc.vm.pages import Access, Direction, page_size
 from memdesc.wiring import wire
+
+if TYPE_CHECKING:
+    from memdesc.descriptors.copy_on_write import SnapshotReason
+    from memdesc.descriptors.freezing import Frozen
 
 
 @final
@@ -77,6 +79,8 @@ class SnapshotMemoryDescriptor(MemoryDescriptor):
         return self._window
 
     def _freeze(self, offset: int, length: int) -> Frozen:
+        from memdesc.descriptors.freezing import Frozen
+
         return Frozen(tuple(self._extents(offset, length, Access.READ_ONLY)))
 
     def _check_store(self, offset: int, length: int) -> None:

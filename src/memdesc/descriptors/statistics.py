@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from memdesc.memory.lifecycle import State
+from memdesc.records import record
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class DescriptorStatistics:
     """What a descriptor has now.
 
@@ -32,7 +31,7 @@ class DescriptorStatistics:
     prepares: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class BufferStatistics(DescriptorStatistics):
     """What a buffer has now, and what became of it. What it is made of: `page_kind`.
 

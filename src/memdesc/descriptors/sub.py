@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import final
+from typing import TYPE_CHECKING, final
 
 from memdesc import _core
 from memdesc.descriptors.base import MemoryDescriptor, PageCounts, check_descriptor
-from memdesc.descriptors.freezing import Frozen, Reader
 from memdesc.errors import RangeError
 from memdesc.mapping import Extent, Placement, check_range
 from memdesc.vm.pages import Access, Direction
+
+if TYPE_CHECKING:
+    from memdesc.descriptors.freezing import Frozen, Reader
 
 
 @final

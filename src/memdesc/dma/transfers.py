@@ -16,7 +16,6 @@ import errno
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from typing import NamedTuple
@@ -26,6 +25,7 @@ import msgspec
 from memdesc.dma.files import OpenedFile
 from memdesc.dma.targets import Piece, Target
 from memdesc.errors import TransferError
+from memdesc.records import record
 from memdesc.vm.pages import MAX_LENGTH, page_size, round_page
 
 Progress = Callable[[int, int], object]
@@ -40,7 +40,7 @@ class Way(Enum):
     PREAD_BUFFERED = "pread or pwrite, through the page cache"
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Transferred:
     """What came of a transfer.
 

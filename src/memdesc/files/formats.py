@@ -6,12 +6,12 @@ against the file's size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 from memdesc.errors import InvalidArgument
 from memdesc.files.sources import OpenFile
+from memdesc.records import record
 from memdesc.services.arrays import check_form
 from memdesc.services.protocol.basics import check_name
 
@@ -23,7 +23,7 @@ _READERS = {".npy": "npy", ".npz": "npz", ".safetensors": "safetensors"}
 """By suffix: the module whose `find_arrays` knows the format."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Member:
     """An entry of a zip archive that an array's bytes come from.
 
@@ -43,7 +43,7 @@ class Member:
         return self.entry.compress_type != 0
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class StoredArray:
     """An array as it lies in a file.
 

@@ -8,7 +8,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 from memdesc.descriptors.buffer import BufferMemoryDescriptor
 from memdesc.dma import DirectFile, Transferred, Way
@@ -17,6 +16,7 @@ from memdesc.files.formats import StoredArray, find_arrays
 from memdesc.files.placing import Place, Run, pages_of, place
 from memdesc.files.sources import Files, FileSource, Identity, OpenFile, as_sources, identify
 from memdesc.memory.page_kinds import PageKind
+from memdesc.records import record
 from memdesc.services.arrays import ALL, MOST_ENTRIES, ArrayEntry, Arrays, encode
 
 Progress = Callable[[int, int], object]
@@ -24,7 +24,7 @@ Progress = Callable[[int, int], object]
 _STEP = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Loaded:
     """Arrays of files, in memory; made by `load`.
 

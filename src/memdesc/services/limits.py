@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 from memdesc.errors import InvalidArgument
+from memdesc.records import record
 from memdesc.vm.pages import check_integer
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(kw_only=True)
 class Limits:
     """What a service lets each of its clients take at most, or a client its service.
 

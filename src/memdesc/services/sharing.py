@@ -6,7 +6,6 @@ import errno
 import socket as sockets
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from memdesc.descriptors.base import MemoryDescriptor, check_descriptor
@@ -19,6 +18,7 @@ from memdesc.errors import (
 )
 from memdesc.handover import pack
 from memdesc.mapping import check_order, elements_of, fit
+from memdesc.records import record
 from memdesc.services import protocol
 from memdesc.services.accepting import Accepted, Accepting
 from memdesc.services.limits import Limits
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _SHARES_AT_ONCE = 128
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class _Shared:
     """One thing that a service shares, and with whom."""
 

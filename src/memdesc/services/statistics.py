@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from memdesc.records import record
 
 if TYPE_CHECKING:
     from memdesc.services.service import Service
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ServiceStatistics:
     """What a service has now, and what it did since it was made.
 
@@ -48,7 +49,7 @@ class ServiceStatistics:
     superseded: bool
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class PeerStatistics:
     """What hangs on a connection now, as one end sees it.
 

@@ -15,7 +15,6 @@ import typing
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from multiprocessing import current_process, reduction
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +30,7 @@ from memdesc.errors import (
 from memdesc.handover import reducers, transit
 from memdesc.handover.reducers import Handle, HandleLostError as HandleLostError
 from memdesc.interop.arrays import Keeper, keeper_of, placed
+from memdesc.records import record
 from memdesc.vm.pages import Access, check_length
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Transit:
     """What this process keeps for receivers that did not come yet.
 
@@ -70,7 +70,7 @@ class Transit:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class _Settings:
     access: Access
     plain: str

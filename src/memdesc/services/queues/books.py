@@ -10,7 +10,6 @@ import socket as sockets
 import weakref
 from abc import abstractmethod
 from collections import deque
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, Self, TypeVar, cast
 
 from memdesc.descriptors.buffer import BufferMemoryDescriptor
@@ -27,6 +26,7 @@ from memdesc.handover import close_all, pack
 from memdesc.memory.memfd import fitting_name
 from memdesc.queues import Consumer, Producer, create_data_queue
 from memdesc.queues.layout import CONTROL, memory_for
+from memdesc.records import record
 from memdesc.services import protocol
 from memdesc.services.accepting import Accepted
 from memdesc.services.errands import Errands
@@ -42,7 +42,7 @@ log = logging.getLogger("memdesc.services")
 _End = TypeVar("_End", Producer, Consumer)
 
 
-@dataclass(slots=True, eq=False)
+@record(frozen=False, eq=False)
 class Slot(Generic[_End]):
     """One client's queue.
 

@@ -244,7 +244,14 @@ def test_a_failure_is_oserror_with_errno_and_the_calls_name(
 
 def test_every_call_of_the_kernel_is_seen_failing() -> None:
     functions = {name for name, node in contract().items() if isinstance(node, ast.FunctionDef)}
-    no_call = {"copy_memory", "copy_words", "zero_memory", "buffer_address", "note_fork"}
+    no_call = {
+        "copy_memory",
+        "copy_words",
+        "zero_memory",
+        "buffer_address",
+        "note_fork",
+        "note_slots",
+    }
     no_call.add("watch_stores")  # whose errno is the machine's: see test_core_snapshot.py
     no_call |= {name for name in functions if "uring" in name}  # see dma/test_uring.py
     no_call |= {"pread", "pwrite", "dio_alignment"}  # there too

@@ -1,12 +1,14 @@
 """The books of debugging: where what is open was made; errors that name it; what is left over."""
 
 import errno
+import io
 import os
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from children import in_child
@@ -149,13 +151,89 @@ def test_held_slots_are_named(noted: None) -> None:
                 video.take(0)
             assert caught.value.errno == errno.ENOBUFS
             assert "local variable `held`" in notes(caught.value)
+            assert f"TakenSlot 'stream', 100 bytes, made at {__file__}" in notes(caught.value)
             held.release()
         loaned = stream.loan()
         with pytest.raises(md.AllocationError) as caught:
             stream.loan(0)
         assert caught.value.errno == errno.ENOBUFS
         assert "local variable `loaned`" in notes(caught.value)
+        assert f"LoanedSlot 'stream', 100 bytes, made at {__file__}" in notes(caught.value)
         loaned.discard()
+
+
+def _slots() -> list[tuple[str, str]]:
+    return [(one.kind, one.site.function) for one in debug.live() if one.kind.endswith("Slot")]
+
+
+def _open(stream: md.Stream, loans: int) -> md.Subscription:
+    seat = stream.admit(loans=loans)
+    return md.Subscription(stream.memory, seat.memory, stream.form, seat.depth, loans)
+
+
+def test_slots_are_listed_by_the_line_that_took_them(noted: None) -> None:
+    kept: list[Any] = []
+
+    def keeps_views(video: md.Subscription) -> None:
+        for slot in video:  # each handle goes back at the next turn; the array keeps its slot
+            kept.append(slot.array)
+            if len(kept) == 2:
+                return
+
+    def keeps_the_handle(video: md.Subscription) -> md.streams.TakenSlot:
+        return video.take(0)
+
+    with md.Stream(nbytes=100, name="video") as stream, _open(stream, 3) as video:
+        for _ in range(4):
+            stream.publish(b"1")
+        keeps_views(video)
+        slot = keeps_the_handle(video)
+        video_2 = [("TakenSlot", keeps_views.__qualname__)] * 2
+        assert _slots() == [*video_2, ("TakenSlot", keeps_the_handle.__qualname__)]
+        out = io.StringIO()
+        debug.report(out)
+        assert out.getvalue().count("held: array of shape (1,)") == 2
+        assert "held: <TakenSlot 3: 1 bytes>: local variable `slot`" in out.getvalue()
+        slot.release()
+        kept.clear()
+        assert _slots() == []
+        again = video.take(0)
+        assert _slots() == [("TakenSlot", sys._getframe().f_code.co_qualname)]
+        image = again.array
+        del again
+        assert len(_slots()) == 1
+        del image
+        assert _slots() == []
+        loaned = stream.loan()
+        assert [kind for kind, _ in _slots()] == ["LoanedSlot"]
+        loaned.discard()
+        assert _slots() == []
+
+
+def test_slots_are_noted_only_while_one_looks() -> None:
+    with md.Stream(nbytes=100) as stream, _open(stream, 2) as video:
+        stream.publish(b"1")
+        stream.publish(b"2")
+        before = video.take(0)
+        with debug.tracing():
+            during = video.take(0)
+            assert len(_slots()) == 1
+        during.release()
+        before.release()
+        with debug.tracing():
+            assert _slots() == []
+
+
+def test_slots_that_are_the_parents_are_not_the_childs(noted: None) -> None:
+    with md.Stream(nbytes=100) as stream, _open(stream, 1) as video:
+        stream.publish(b"1")
+        slot, loaned = video.take(0), stream.loan()
+        assert in_child(_slots) == []
+        assert len(_slots()) == 2
+        assert slot.held and loaned.held
+        loaned.publish()
+        assert not loaned.held
+        slot.release()
 
 
 def test_wiring_past_the_limit_names_what_is_wired(noted: None) -> None:

@@ -66,6 +66,7 @@ from memdesc._core._native import (
     munlock as munlock,
     name_memory as name_memory,
     note_fork as note_fork,
+    note_slots as note_slots,
     open_uring as open_uring,
     pidfd_getfd as pidfd_getfd,
     place_memory as place_memory,

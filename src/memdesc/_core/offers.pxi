@@ -144,6 +144,18 @@ cdef size_t LARGE = 1 << 20
 cdef uint64_t _forks = 0  # of this process, from its first ancestor on
 
 
+cdef object _slot_noter = None
+
+
+def note_slots(noter):
+    """Have `noter(slot, end)` called with each slot that is loaned or taken; None: nobody.
+
+    Of a taken one with its `SlotMemory`, which is there as long as the slot is held.
+    """
+    global _slot_noter
+    _slot_noter = noter
+
+
 def note_fork():
     """In a fork child: the ends of streams that it inherited are the parent's."""
     global _forks

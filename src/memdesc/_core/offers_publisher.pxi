@@ -103,6 +103,8 @@ cdef class StreamPool:
         slot.index = index
         slot.state = LOANED
         slot.nbytes_ = self.slot_size
+        if _slot_noter is not None:
+            _slot_noter(slot, self)
         return slot
 
     def loan(self, timeout=None):
@@ -266,6 +268,8 @@ cdef class LoanedSlot:
         see that.
     nbytes : int
         How many bytes subscribers get: at first all. May be set to fewer in a stream of bytes.
+    held : bool
+        Whether it is still to be published or discarded.
     metadata : object
         None, or what msgspec encodes as MessagePack: dicts, lists, strings, numbers, bytes.
     """
@@ -276,6 +280,7 @@ cdef class LoanedSlot:
     cdef size_t nbytes_
     cdef object metadata_
     cdef bytes encoded
+    cdef object __weakref__
 
     def __init__(self):
         raise TypeError("made by Stream.loan()")
@@ -289,6 +294,11 @@ cdef class LoanedSlot:
             raise self.stream._not_loaned("published" if self.state == PUBLISHED else "discarded")
         self.stream.ready()
         return 0
+
+    @property
+    def held(self):
+        return (self.state == LOANED and self.stream.state == OPEN
+                and self.stream.forks == _forks)
 
     @property
     def array(self):

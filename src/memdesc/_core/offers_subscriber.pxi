@@ -94,6 +94,7 @@ cdef class StreamSubscriber:
                 slot.memory = of.memories[taken.slot] = SlotMemory.__new__(SlotMemory)
                 slot.memory.taker = of
                 slot.memory.index = taken.slot
+            slot.memory.taken = True
             if taken.metadata:
                 slot.metadata_ = PyBytes_FromStringAndSize(
                     <char *>of.taker.headers + taken.slot * of.taker.header_size + C_HEADER_SIZE,
@@ -102,6 +103,8 @@ cdef class StreamSubscriber:
                 slot.decoded = True
             if told:  # perhaps, that it came, and was cleared
                 self._wake()
+            if _slot_noter is not None:
+                _slot_noter(slot.memory, self)
             return slot
         if rc == 0 and ended:
             self._ended(md_taker_ended(&of.taker))

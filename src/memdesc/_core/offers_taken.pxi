@@ -60,7 +60,9 @@ cdef class SlotMemory:
     cdef _Taker taker
     cdef uint32_t index
     cdef uint64_t owed
+    cdef bint taken
     cdef readonly Py_ssize_t exports
+    cdef object __weakref__
 
     def __init__(self):
         raise TypeError("made by StreamSubscriber")
@@ -88,6 +90,22 @@ cdef class SlotMemory:
         view.internal = NULL
         self.exports += 1
         return 0
+
+    @property
+    def held(self):
+        """Whether the slot is held: by its handle, or by views of it."""
+        return self.taken and self.taker.forks == _forks
+
+    @property
+    def address(self):
+        """Of its first byte, in this task; 0 where the subscription was closed."""
+        if self.taker.memory is None:
+            return 0
+        return self.taker.memory.address + self.taker.first + self.index * self.taker.stride
+
+    @property
+    def nbytes(self):
+        return self.taker.taker.slot_size
 
     def __getbuffer__(self, Py_buffer *view, int flags):
         self.fill(view, flags, self.taker.taker.slot_size)
@@ -155,6 +173,7 @@ cdef class TakenSlot:
             return
         self.mine = False
         if self.idle():
+            self.memory.taken = False
             taker.give(self.index, self.sequence)
         else:
             self.memory.owed = self.sequence

@@ -1,10 +1,10 @@
 """Who still has my buffer? Where what is open was made, and who holds its views.
 
 Off, it costs nothing and is not even imported. On, each descriptor, mapping, connection, service,
-stream, subscription, file, zone and claim on wired memory notes where it is made; an error that
-says "in use" or "too many" then tells by whom (its notes, PEP 678); and what is still open when the
-interpreter ends is listed on stderr. Switched on for a program as a whole by ``MEMDESC_DEBUG=1`` in
-its environment, or here:
+stream, subscription, slot, file, zone and claim on wired memory notes where it is made; an error
+that says "in use" or "too many" then tells by whom (its notes, PEP 678); and what is still open
+when the interpreter ends is listed on stderr. Switched on for a program as a whole by
+``MEMDESC_DEBUG=1`` in its environment, or here:
 
 >>> import memdesc as md
 >>> with md.debug.tracing():
@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
+from memdesc import _core
 from memdesc.debug.books import Ledger, Live as Live, Site as Site
 from memdesc.debug.views import Holder as Holder, find_holders
 from memdesc.errors import InvalidArgument
@@ -67,6 +68,7 @@ def start(frames: int = 8) -> None:
         raise InvalidArgument(f"frames is {frames}: give 1 to 100")
     if _ledger is None:
         _ledger = _hook.books = Ledger(frames)
+        _core.note_slots(_ledger.note_slot)
         atexit.register(_at_exit)
     _ledger.frames = frames
 
@@ -75,6 +77,7 @@ def stop() -> None:
     """Note nothing any more, and forget what was noted. Again is a no-op."""
     global _ledger
     _ledger = _hook.books = None
+    _core.note_slots(None)
     atexit.unregister(_at_exit)
 
 
@@ -99,7 +102,9 @@ def tracing(frames: int = 8) -> Iterator[None]:
 def live() -> list[Live]:
     """List what was made since `start` and is open, the oldest first.
 
-    Memory is listed too that outlives its descriptor (kind ``MappedMemory``): someone has views.
+    Memory is listed too that outlives its descriptor (kind ``MappedMemory``): someone has views. So
+    are slots that were not given back (kind ``TakenSlot``: the handle is there, or a view), and
+    those neither published nor discarded (``LoanedSlot``), under their stream's name.
 
     Raises
     ------
@@ -138,7 +143,7 @@ def report(file: TextIO | None = None) -> None:
         where = f"  {one.age:8.1f} s  {one.thread}"
         print(f"  {one.kind:<24} {one.nbytes:>15,}  {one.name:<20} {where}", file=out)
         print(f"      made at {one.site}", file=out)
-        if one.kind == "MappedMemory":
+        if one.kind in ("MappedMemory", "TakenSlot"):
             for holder in holders(one):
                 print(f"      held: {holder}", file=out)
 

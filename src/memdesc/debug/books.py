@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 import time
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from types import CodeType, FrameType
 from typing import Any
 
+from memdesc import _core
 from memdesc.debug.views import find_holders, memory_of
 from memdesc.errors import MemdescError
 from memdesc.vm.tracing import Told
@@ -38,7 +40,8 @@ class Live:
     Attributes
     ----------
     kind : str
-        Its class; ``MappedMemory``: memory that outlives its descriptor, since views of it do.
+        Its class; ``MappedMemory``: memory that outlives its descriptor, since views of it do;
+        ``TakenSlot``: a slot that its subscriber has, by its handle or by views of it.
     name : str
     nbytes : int
         That it keeps or describes; 0 where that has no meaning.
@@ -98,6 +101,10 @@ class Ledger:
         thread = threading.current_thread().name
         notes[key] = _Note(weakref.ref(thing, gone), told, lines, time.monotonic(), thread)
 
+    def note_slot(self, slot: Any, end: Any) -> None:
+        """Note where a slot of a stream is loaned or taken."""
+        self.note(slot, functools.partial(_told_slot, end.name))
+
     def live(self) -> list[Live]:
         """List what is open, the oldest first."""
         now = time.monotonic()
@@ -111,7 +118,9 @@ class Ledger:
             if told is None:
                 continue
             stack = tuple(Site(code.co_filename, n, code.co_qualname) for code, n in note.lines)
-            kind, (name, nbytes) = type(thing).__name__, told
+            # What its views keep, and its handle while that lives.
+            is_slot = isinstance(thing, _core.SlotMemory)
+            kind, (name, nbytes) = "TakenSlot" if is_slot else type(thing).__name__, told
             age = now - note.made
             found.append(Live(kind, name, nbytes, stack[0], stack, age, note.thread, note.thing))
         # Memory that a mapping shows which is open is that one's.
@@ -128,6 +137,10 @@ class Ledger:
         if of:
             largest = sorted(self.live(), key=lambda one: -one.nbytes)
             _add(error, "what is held", [str(one) for one in largest if one.kind in of])
+
+
+def _told_slot(stream: str, slot: Any) -> Told:
+    return (stream, slot.nbytes) if slot.held else None
 
 
 def _add(error: BaseException, what: str, lines: list[str]) -> None:

@@ -73,6 +73,8 @@ def _matcher(thing: Any, *, exactly: bool) -> Callable[[Any], bool]:
     if not exactly:
         memories += [memory_of(one) for one in getattr(thing, "mappings", list)()]
     spans = [(one.address, one.address + one.length) for one in memories if one is not None]
+    if isinstance(thing, _core.SlotMemory):
+        spans.append((thing.address, thing.address + thing.nbytes))
 
     def is_inside(view: Any) -> bool:
         if view is thing:

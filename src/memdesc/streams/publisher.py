@@ -461,6 +461,7 @@ class Stream(_core.StreamPool):
                 errno=errno.ENOBUFS,
             ),
             views_of=self.memory._window.memory,
+            of=("LoanedSlot",),
         )
 
     def _check_nbytes(self, nbytes: Any) -> int:

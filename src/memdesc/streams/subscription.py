@@ -388,4 +388,5 @@ class Subscription(_core.StreamSubscriber):
                 errno=errno.ENOBUFS,
             ),
             views_of=self._pool,
+            of=("TakenSlot",),
         )

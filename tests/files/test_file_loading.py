@@ -19,6 +19,7 @@ import memdesc as md
 from memdesc import files
 from memdesc.dma import DirectFile, Way
 from memdesc.files import loading
+from memdesc.testing import failing
 
 sys.path.append(str(Path(__file__).parents[1] / "dma"))
 from disk_tools import best_way, has_uring
@@ -282,8 +283,13 @@ def test_wired(open_folder: Path) -> None:
         return "", 0
 
     assert in_child(load, before=lambda: limit_locking(64 << 10)) == ("LIMIT", errno.ENOMEM)
+    before = md.wiring.wired_bytes()
+    with failing("mlock", errno.EAGAIN, after=1) as fault, pytest.raises(md.WiringError):
+        files.load(path, wired=True)  # it can not be wired again once it is immutable
+    assert fault.failures == 1
+    assert md.wiring.wired_bytes() == before
     found = files.load(path, wired=True)
-    assert found.descriptor.prepare_count == 1
+    assert (found.descriptor.prepare_count, found.descriptor.copied_bytes) == (1, 0)
     assert (found.arrays()["a"] == counting(128 << 10)).all()
 
 
@@ -291,7 +297,7 @@ def test_wired(open_folder: Path) -> None:
 def test_huge_pages(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.npy", counting(3 * MIB))
     with huge_pages(2), files.FileServer("model", path, pages=md.PageKind.HUGE) as server:
-        assert server.loaded.descriptor.page_kind is md.PageKind.HUGE
+        assert server.loaded.page_kind is md.PageKind.HUGE
         with md.connect("model") as connection:
             arrays = connection.arrays()
             assert (arrays["a"] == counting(3 * MIB)).all()
@@ -301,7 +307,7 @@ def test_huge_pages(tmp_path: Path) -> None:
 
 def test_without_a_ring_the_bytes_are_the_same(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.npy", counting(MIB))
-    with md.testing.failing("open_uring", errno.EPERM, times=None) as fault:
+    with failing("open_uring", errno.EPERM, times=None) as fault:
         found = files.load(path)
     assert fault.calls or not has_uring()
     assert found.way in (Way.PREAD_DIRECT, Way.PREAD_BUFFERED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import gc
 import os
 import threading
@@ -17,6 +18,7 @@ from children import finish, start
 
 import memdesc as md
 from memdesc import files
+from memdesc.descriptors.homes import lies_immutable
 from memdesc.services.arrays import ALL
 from memdesc.testing import failing
 
@@ -63,8 +65,8 @@ def test_the_arrays_are_served_read_only(tmp_path: Path) -> None:
                 assert array.tobytes() == np.load(tmp_path / f"{name}.npy").tobytes()
                 assert array.shape == arrays[name].shape
                 assert not array.flags.writeable or not array.nbytes
-            if arrays[name].nbytes:  # the owner could make it writable; no one else
-                for array in (arrays[name], connection[name]):
+            if arrays[name].nbytes:
+                for array in (arrays[name], connection[name], server.loaded.arrays()[name]):
                     with pytest.raises(ValueError, match="WRITEABLE"):
                         array.flags.writeable = True
         assert connection["f"].flags.f_contiguous
@@ -86,6 +88,27 @@ def test_the_arrays_are_served_read_only(tmp_path: Path) -> None:
     with pytest.raises(md.ClosedError):
         server.reload()
     del arrays, array, server
+
+
+def test_nobody_can_change_what_is_served(tmp_path: Path) -> None:
+    """Not the server's own process either: what a reader checked holds."""
+    with files.FileServer("model", fill(tmp_path, 7)) as server, md.connect("model") as connection:
+        for version in (1, 2):
+            memory = server.loaded.descriptor
+            assert (memory.copied_bytes, memory.reason) == (0, None)
+            with pytest.raises(md.SealedError):
+                memory.write_bytes(0, b"x")
+            for seen in (connection["a"], connection.arrays()["b"], server.loaded.arrays()["c"]):
+                assert lies_immutable(seen)
+            fd = memory._parts[0].object.open(md.Access.READ_ONLY)
+            try:
+                with pytest.raises(PermissionError):  # root too
+                    os.close(os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_TRUNC))
+                assert fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_WRITE
+            finally:
+                os.close(fd)
+            assert server.reload().version == version + 1
+        del memory, seen
 
 
 def test_a_swap_leaves_readers_what_they_have(tmp_path: Path) -> None:
@@ -273,9 +296,10 @@ def test_five_processes_have_the_memory_once(tmp_path: Path) -> None:
             told = b""
             while len(told) < 4:
                 told += os.read(ready, 4)
-            shares = shares_of([os.getpid(), *readers])
-            assert all(nbytes / 5 * 0.9 <= share <= nbytes / 5 * 1.1 for share in shares)
-            assert sum(shares) <= 1.1 * nbytes
+            own, *shares = shares_of([os.getpid(), *readers])
+            assert own <= nbytes / 5  # it need not have in its page table what it loaded
+            assert all(nbytes / 5 * 0.9 <= share <= nbytes / 4 * 1.1 for share in shares)
+            assert own + sum(shares) <= 1.1 * nbytes
     finally:
         os.write(go, b"1111")
         codes = [finish(reader) for reader in readers]

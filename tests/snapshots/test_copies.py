@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
-from children import in_child
+from children import NOBODY, become, in_child
 
 from memdesc import (
     Access,
@@ -141,6 +141,35 @@ def test_all_memory_locked_is_a_reason() -> None:
             return name, buffer.read_bytes(0, 1), same
 
     assert in_child(lock_all) == ("WIRED", b"x", True)
+
+
+@pytest.mark.parametrize("locked", [False, True])
+def test_who_became_another_user_may_not_see_his_own_page_table(locked: bool) -> None:
+    def take() -> list[str | None]:
+        libc = ctypes.CDLL(None, use_errno=True)
+        reasons = []
+        with a_buffer() as (before, _), before.snapshot():
+            before.write_bytes(0, b"later")
+            become(NOBODY)
+            if os.access("/proc/self/pagemap", os.R_OK):
+                pytest.skip("this kernel shows it all the same")
+            with a_buffer() as (buffer, _):
+                if locked and libc.mlockall(2):  # MCL_FUTURE
+                    pytest.skip(f"mlockall: {os.strerror(ctypes.get_errno())}")
+                for number in range(2):
+                    with buffer.snapshot() as frozen:
+                        reasons.append(frozen.reason and frozen.reason.name)
+                        assert frozen.read_bytes() == buffer.read_bytes()
+                    buffer.write_bytes(number, b"x")
+                libc.munlockall()
+                assert buffer.read_bytes(0, 2) == b"xx"
+            with before.snapshot() as frozen:
+                reasons.append(frozen.reason and frozen.reason.name)
+                assert frozen.read_bytes(0, 5) == b"later"
+        return reasons
+
+    expected = ["WIRED", "WIRED", "SCATTERED"] if locked else [None, "SCATTERED", "SCATTERED"]
+    assert in_child(take) == expected
 
 
 # ── Everything that is not a buffer ──────────────────────────────────────────────────────────

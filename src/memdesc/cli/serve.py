@@ -307,7 +307,7 @@ def loaded_record(loaded: Loaded) -> Record:
         ],
         "array_bytes": sum(entry.nbytes for entry in loaded.entries),
         "memory_bytes": loaded.descriptor.length,
-        "huge_bytes": loaded.descriptor.huge_bytes,
+        "huge_bytes": loaded.huge_bytes,
         "read_bytes": loaded.nbytes,
         "bounced_bytes": loaded.bounced_bytes,
         "seconds": loaded.seconds,

@@ -59,7 +59,10 @@ class SnapshotReason(Enum):
     PINNED = "input or output under way, or a mapping unknown to us, keeps the memory writable"
     NO_MEMORY = "there is no memory, or no address space, to reserve for the owner's later stores"
     CHANGED = "the source was stored to since an earlier snapshot that shares its memory"
-    SCATTERED = "so much was changed since then, or in so many places, that all was copied"
+    SCATTERED = (
+        "so much was changed since then, or in so many places, or untold by the kernel, that all "
+        "was copied"
+    )
 
 
 def why_not_free(object_: OwnedObject, *, prepared: bool) -> SnapshotReason | None:
@@ -145,8 +148,15 @@ def _is_populated(address: int) -> bool:
 
     Those pages are copies from before the mapping took the other one's place.
     """
-    with Task.current() as task:
-        return is_present(pagemap(task, address, page_size)[0])
+    try:
+        with Task.current() as task:
+            return is_present(pagemap(task, address, page_size)[0])
+    except PermissionError:  # it has become another user, and may not look at its own pages
+        try:
+            _core.madvise(address, page_size, mmap.MADV_DONTNEED)
+        except OSError:
+            return True  # locked; or huge, of which that does not tell
+        return False
 
 
 def freeze(object_: OwnedObject) -> bool:
@@ -165,9 +175,15 @@ def freeze(object_: OwnedObject) -> bool:
 
 
 def changes(allocation: Allocation, length: int, most: int) -> list[Run] | None:
-    """List what the owner changed of the first `length` bytes; None if in more than `most` runs."""
+    """List what the owner changed of the first `length` bytes; None if in more than `most` runs.
+
+    None too where this process may not look at its own page table: it has become another user.
+    """
     granule = allocation.object.page_size
-    runs = changed_runs(allocation.address, -(-length // granule) * granule, most)
+    try:
+        runs = changed_runs(allocation.address, -(-length // granule) * granule, most)
+    except PermissionError:
+        return None
     if runs is None:
         return None
     return [(start, min(size, length - start)) for start, size in runs]

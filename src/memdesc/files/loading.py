@@ -1,4 +1,8 @@
-"""Loading: all arrays of some files into one descriptor, which is one version."""
+"""Loading: all arrays of some files into one descriptor, which is one version.
+
+It is a snapshot: once all is read nobody can store to it, this process neither. So what a reader
+checked of it holds, whoever serves it.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 
 from memdesc.descriptors.buffer import BufferMemoryDescriptor
+from memdesc.descriptors.snapshot import SnapshotMemoryDescriptor
 from memdesc.dma import DirectFile, Transferred, Way
 from memdesc.errors import InvalidArgument, RangeError, TransferError
 from memdesc.files.formats import StoredArray, find_arrays
@@ -30,8 +35,8 @@ class Loaded:
 
     Attributes
     ----------
-    descriptor : BufferMemoryDescriptor
-        Has all of them. What it is made of: its `page_kind`, `huge_bytes`.
+    descriptor : SnapshotMemoryDescriptor
+        Has all of them. Nobody can change it.
     version : int
     entries : tuple of ArrayEntry
         What is known of each array, in the order of the files.
@@ -49,9 +54,11 @@ class Loaded:
         Why no better way was taken.
     seconds : float
         From the first byte that was read to the last.
+    page_kind, huge_bytes
+        What the memory is made of, as of `BufferMemoryDescriptor`.
     """
 
-    descriptor: BufferMemoryDescriptor
+    descriptor: SnapshotMemoryDescriptor
     version: int
     entries: tuple[ArrayEntry, ...]
     sources: tuple[FileSource, ...]
@@ -61,6 +68,8 @@ class Loaded:
     way: Way | None
     reasons: tuple[str, ...]
     seconds: float
+    page_kind: PageKind
+    huge_bytes: int
 
     def arrays(self) -> Arrays:
         """View the arrays, read-only; a view keeps the memory."""
@@ -75,7 +84,7 @@ def load(
     progress: Progress | None = None,
     version: int = 1,
 ) -> Loaded:
-    """Load the arrays of files into one descriptor, which others get read-only.
+    """Load the arrays of files into one descriptor, which nobody can change.
 
     Parameters
     ----------
@@ -152,11 +161,14 @@ def load(
         for file in opened:
             file.check_unchanged()
         identities = tuple(file.identity for file in opened)
+        kind, huge_bytes = buffer.page_kind, buffer.huge_bytes
+        frozen = _freeze(buffer, wired=wired)
+        buffer.close()
         stack.pop_all()
         for file in opened:
             file.close()
         return Loaded(
-            buffer,
+            frozen,
             version,
             entries,
             sources,
@@ -166,7 +178,23 @@ def load(
             reading.way,
             tuple(dict.fromkeys(reading.reasons)),
             seconds,
+            kind,
+            huge_bytes,
         )
+
+
+def _freeze(buffer: BufferMemoryDescriptor, *, wired: bool) -> SnapshotMemoryDescriptor:
+    """Make what was loaded immutable, and wire that in the place of the buffer."""
+    if not wired:
+        return buffer.snapshot()
+    buffer.complete()  # of wired memory a snapshot is a copy
+    frozen = buffer.snapshot()
+    try:
+        frozen.prepare()
+    except BaseException:
+        frozen.close()
+        raise
+    return frozen
 
 
 def _entries(

@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from fractions import Fraction
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from letting_go import lets_go, lets_go_async, no_collector
 from puppets import Puppet
 
 import memdesc as md
@@ -181,6 +183,37 @@ def test_what_a_waiting_call_takes(everything: SimpleNamespace, name: str) -> No
     for timeout in GOOD:  # it ends as it does when nothing came
         with suppress(md.TimedOutError, md.ShareNotFoundError, md.ZoneExhausted, TimeoutError):
             ask(everything, name, timeout)
+
+
+NOTHING_CAME = TimeoutError, md.ShareNotFoundError, md.ZoneExhausted
+
+
+def test_who_waited_in_vain_holds_nothing(everything: SimpleNamespace) -> None:
+    waited = 0
+    with no_collector():
+        for name, wait in WAITING.items():
+            try:
+                wait(everything, 0)
+            except NOTHING_CAME:
+                waited += 1
+                assert lets_go(partial(wait, everything, 0), *NOTHING_CAME), name
+    assert waited > 20
+
+
+def test_who_awaited_in_vain_holds_nothing(everything: SimpleNamespace) -> None:
+    async def main() -> int:
+        waited = 0
+        for name, wait in AWAITED.items():
+            try:
+                await wait(everything, 0.001)
+            except NOTHING_CAME:
+                waited += 1
+                action = partial(wait, everything, 0.001)
+                assert await lets_go_async(action, *NOTHING_CAME), name
+        return waited
+
+    with no_collector():
+        assert asyncio.run(main()) > 10
 
 
 def test_deadlines() -> None:

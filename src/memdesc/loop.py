@@ -94,8 +94,11 @@ class Loop:
         while not done.wait(1.0):
             if not self._thread.is_alive():  # somebody closed the descriptors under it
                 raise ClosedError("the I/O thread of this process has ended")
-        if raised:
-            raise raised[0]
+        try:
+            if raised:
+                raise raised[0]
+        finally:
+            raised.clear()  # see telling
 
     def watch(self, fd: int, call: Callable[[int], None]) -> None:
         """Call with the ready events (EVENT_READ, EVENT_WRITE) of a descriptor. I/O thread only."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from letting_go import lets_go, no_collector
 from puppets import wait_until
 from strangers import Stranger, memfd, push, service_that, welcome
 
@@ -118,6 +119,22 @@ def test_answers_that_lie(runtime_dir, reply, kind, number):
     error = outcome(reply, runtime_dir / "hostile")
     assert isinstance(error, kind)
     assert error.errno == number
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [opened(share(0), portable([])), lambda number: (protocol.Done(number), [])],
+)
+def test_who_lied_keeps_nothing_alive(runtime_dir, reply):
+    def answers(one: Stranger) -> None:
+        welcome(one)
+        message, fds = reply(one.receive()[0].id)
+        one.send(message, fds)
+        close_all(fds)
+
+    with service_that(answers, runtime_dir / "hostile"), md.connect("hostile") as connection:
+        with no_collector():
+            assert lets_go(lambda: connection.map("it", timeout=20), md.ProtocolError)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from memdesc.copyio.copiers import copier_of
 from memdesc.copyio.transfer import Move, check_place, check_size, transfer
 from memdesc.errors import CopyError
 from memdesc.vm.task import Task, check_task
+from memdesc.vm.telling import bare
 
 BOUNCE = 256 << 10
 """Bytes of this process through which all else goes: what fits the processor's second cache.
@@ -106,7 +107,7 @@ def _move(
     try:
         transfer(task, address, block, *moves, doing)
     except CopyError as fault:
-        return fault
+        return bare(fault)
     return None
 
 

@@ -315,9 +315,10 @@ class _Reading:
 
     def _unpack(self, file: OpenFile, members: Sequence[tuple[StoredArray, int]]) -> None:
         """Put what is packed where it goes, and hold everything against its checksum."""
-        from memdesc.files.npz import open_archive
+        from memdesc.files import npz
 
-        with open_archive(file) as archive, memoryview(self._buffer) as memory:
+        archived = npz.open_archive(file)
+        with npz.explained(file), archived as archive, memoryview(self._buffer) as memory:
             for array, offset in members:
                 assert array.member is not None
                 entry, header = array.member.entry, array.member.header

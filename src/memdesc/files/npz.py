@@ -15,6 +15,7 @@ from memdesc.files import npy
 from memdesc.files.formats import Member, StoredArray, stored
 from memdesc.files.sources import OpenFile
 from memdesc.services.arrays import MOST_ENTRIES
+from memdesc.vm.telling import explains
 
 _LOCAL = struct.Struct("<4s22xHH")  # signature, …, bytes of the name and of the extra field
 _MOST_RATIO = 1040
@@ -29,7 +30,7 @@ BAD_ZIP = (zipfile.BadZipFile, zlib.error, RuntimeError, ValueError, EOFError, s
 
 def find_arrays(file: OpenFile) -> list[StoredArray]:
     """Find the arrays of an archive; entries that are not called .npy are bytes."""
-    with open_archive(file) as archive:
+    with explained(file), open_archive(file) as archive:
         # Not is_dir(), which has an IndexError for an entry without a name (Python 3.11).
         entries = [entry for entry in archive.infolist() if not entry.filename.endswith("/")]
         if not 0 < len(entries) <= MOST_ENTRIES:
@@ -57,18 +58,22 @@ class _Opening(io.BufferedReader):
 
 @contextmanager
 def open_archive(file: OpenFile) -> Iterator[zipfile.ZipFile]:
-    """Open the archive by the descriptor that is open already; what it raises is explained."""
-    try:
-        with _Opening(io.FileIO(os.dup(file.fd))) as raw, zipfile.ZipFile(raw) as archive:
-            raw.opening = False
-            yield archive
-    except MemdescError:
-        raise
-    except OSError as error:
+    """Open the archive by the descriptor that is open already; what it raises is `explained`."""
+    with _Opening(io.FileIO(os.dup(file.fd))) as raw, zipfile.ZipFile(raw) as archive:
+        raw.opening = False
+        yield archive
+
+
+@explains
+def explained(error: Exception, file: OpenFile) -> None:
+    """Say what is the matter with an archive."""
+    if isinstance(error, MemdescError):
+        return
+    if isinstance(error, OSError):
         raise TransferError(
             f"reading {file.path}: {error.strerror}", errno=error.errno, expected=file.size
         ) from error
-    except BAD_ZIP as error:
+    if isinstance(error, BAD_ZIP):
         raise file.wrong(f"as a zip archive: {type(error).__name__}: {error}", 0) from error
 
 

@@ -24,6 +24,7 @@ from memdesc.descriptors.snapshot import SnapshotMemoryDescriptor
 from memdesc.errors import InvalidArgument, SealedError
 from memdesc.memory.kept import Contents
 from memdesc.memory.page_kinds import PageKind
+from memdesc.vm.telling import bare
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -213,7 +214,7 @@ def _fill(pa: Any, columns: pa.Table, buffer: BufferMemoryDescriptor) -> None:
     try:
         _write(pa, columns, sink)
     except (pa.ArrowException, OSError) as error:
-        cause = error
+        cause = bare(error)
     if cause or sink.tell() != buffer.length:  # it would end in what the memory held before
         raise InvalidArgument(
             f"the table took {buffer.length:,} bytes a moment before, and now another number: "

@@ -10,6 +10,7 @@ from memdesc import errors
 from memdesc.errors import MemdescError, UnsupportedError, WiringError, WiringReason
 from memdesc.mapping import check_range
 from memdesc.vm.pages import Direction, page_size
+from memdesc.vm.telling import bare
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer  # collections.abc has it from 3.12 on
@@ -100,7 +101,7 @@ class NullWhere:
 
     def __exit__(self, kind: object, error: BaseException | None, _: object) -> bool:
         if isinstance(error, MemdescError) and self._why is not None:
-            self._why.append(error)
+            self._why.append(bare(error))
         return isinstance(error, MemdescError)
 
 

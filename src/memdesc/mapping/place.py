@@ -19,6 +19,7 @@ from memdesc.memory.placing import map_aligned
 from memdesc.records import record
 from memdesc.vm.pages import MAX_LENGTH, Access, check_integer, page_size, round_page, trunc_page
 from memdesc.vm.proc import read_text
+from memdesc.vm.telling import explains
 
 _LOWEST = "/proc/sys/vm/mmap_min_addr"
 
@@ -239,14 +240,10 @@ def _opened(object_: MemoryObject, access: Access) -> Iterator[int]:
         os.close(fd)
 
 
-@contextmanager
-def explained(size: int, placement: Placement) -> Iterator[None]:
+@explains
+def explained(error: Exception, size: int, placement: Placement) -> None:
     """Turn what the kernel answers into a MappingError with the reason looked up."""
-    try:
-        yield
-    except MappingError:
-        raise
-    except OSError as error:
+    if isinstance(error, OSError) and not isinstance(error, MappingError):
         reason, remedy = _why(error, placement)
         raise MappingError(
             f"mapping {size:,} bytes failed: {describe_errno(error)}; {remedy}",

@@ -149,7 +149,7 @@ def in_parallel(work: Work, length: int, step: int, workers: int) -> None:
         if failed:
             raise failed[0]
     finally:
-        failed.clear()  # their tracebacks lead here: they would keep one another and the memory
+        failed.clear()  # see telling
 
 
 class _Helpers:

@@ -31,6 +31,7 @@ from memdesc.errors import (
 )
 from memdesc.loop import Loop
 from memdesc.memory.closing import no_descriptor
+from memdesc.vm.telling import explains
 
 BACKLOG = 128
 """Connections that may wait for a service to take them; one more, and who connects waits."""
@@ -268,20 +269,18 @@ def _unlink(path: str) -> None:
         os.unlink(path)
 
 
-@contextlib.contextmanager
-def _explained(path: str) -> Iterator[None]:
+@explains
+def _explained(error: Exception, path: str) -> None:
     """Say in the family's terms why a socket or its folder can not be had there."""
-    try:
-        yield
-    except (FileNotFoundError, NotADirectoryError) as error:
+    if isinstance(error, MemdescError):
+        return
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
         raise InvalidArgument(
             f"the folder {os.path.dirname(path) or '.'} does not exist: make it first (a service's "
             "name with a / is a path)",
             errno=error.errno,
         ) from error
-    except OSError as error:
-        if isinstance(error, MemdescError):
-            raise
+    if isinstance(error, OSError):
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise no_descriptor(f"use {path}", error) from error
         raise AccessDeniedError(

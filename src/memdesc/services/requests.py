@@ -213,15 +213,10 @@ class Requester(Channel):
         discard(fds)
         if isinstance(answer, protocol.Failed):
             raise _refusal(answer)
-        error = ProtocolError(
-            f"task {self.task.pid} answered {type(answer).__name__}, not {kind.__name__}",
-            errno=errno.EPROTO,
-        )
-        try:
-            self._loop.post(partial(self._end, error))
-            raise error
-        finally:
-            del error  # see tracing.blamed
+        why = f"task {self.task.pid} answered {type(answer).__name__}, not {kind.__name__}"
+        # Another than is raised: the connection keeps it.
+        self._loop.post(partial(self._end, ProtocolError(why, errno=errno.EPROTO)))
+        raise ProtocolError(why, errno=errno.EPROTO)
 
     def _give_up(self, number: int, undo: Callable[[Any], None] | None) -> bool:
         """Wait no longer for an answer; False if it came, or the connection ended, meanwhile."""

@@ -12,11 +12,13 @@ import errno
 import os
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from memdesc.errors import AllocationError, TimedOutError
 from memdesc.vm.forks import tell_child
+from memdesc.vm.telling import bare
 from memdesc.vm.timeouts import check_timeout
 
 if TYPE_CHECKING:
@@ -107,22 +109,26 @@ async def readable(fileno: Callable[[], int], sleepers: Sleepers | None = None) 
         who.discard(alarm)
 
 
-@contextlib.asynccontextmanager
-async def time_limit(
-    timeout: float | None, late: Callable[[], TimedOutError]
-) -> AsyncIterator[None]:
+class time_limit:
     """Cancel what is awaited inside when the time has run out, and raise what `late` gives."""
-    import asyncio
 
-    check_timeout(timeout)
-    limit = asyncio.timeout(timeout)
-    try:
-        async with limit:
-            yield
-    except TimeoutError as error:
-        if not limit.expired():
-            raise
-        raise late() from error
+    def __init__(self, timeout: float | None, late: Callable[[], TimedOutError]) -> None:
+        import asyncio
+
+        check_timeout(timeout)
+        self._limit = asyncio.timeout(timeout)
+        self._late = late
+
+    async def __aenter__(self) -> None:
+        await self._limit.__aenter__()
+
+    async def __aexit__(self, *raised: Any) -> None:
+        try:
+            await self._limit.__aexit__(*raised)
+        except TimeoutError as error:
+            raise self._late() from bare(error)
+        finally:
+            del self, raised  # see telling: they know the task, which keeps what it fails with
 
 
 async def until(
@@ -186,13 +192,14 @@ class _Threads:
             ) from error
 
     def _work(self) -> None:
+        jobs: list[Callable[[], None]] = []
         while True:
             with self._lock:
                 if not self._jobs:
                     self._running -= 1
                     return
-                job = self._jobs.popleft()
-            job()
+                jobs.append(self._jobs.popleft())
+            jobs.pop()()  # see telling: in a variable, it would be found from what it raised
 
 
 _threads = _Threads()
@@ -213,28 +220,45 @@ async def in_thread(
     loop = asyncio.get_running_loop()
     given: asyncio.Future[_T] = loop.create_future()
 
-    def tell(result: Any, error: BaseException | None) -> None:
-        if not given.done():
-            given.set_result(result) if error is None else given.set_exception(error)
-        elif error is None:
-            unwanted(result)
-
-    def work() -> None:
-        result, failure = None, None
-        try:
-            result = call()
-        except BaseException as error:  # noqa: BLE001 (it goes to who awaits)
-            failure = error
-        try:
-            loop.call_soon_threadsafe(tell, result, failure)
-        except RuntimeError:  # the loop was closed meanwhile
-            if failure is None:
-                unwanted(result)  # type: ignore[arg-type]
-
-    _threads.do(work)
+    _threads.do(partial(_work, call, loop, given, unwanted))
     try:
         return await given
     except BaseException:
         if given.done() and not given.cancelled() and given.exception() is None:
             unwanted(given.result())  # it came, and nobody will see it
         raise
+    finally:
+        del given  # see telling: it keeps what is raised
+
+
+def _work(
+    call: Callable[[], _T],
+    loop: asyncio.AbstractEventLoop,
+    given: asyncio.Future[_T],
+    unwanted: Callable[[_T], object],
+) -> None:
+    """Call, and tell who awaits it what it gave or raised. In a thread."""
+    try:
+        result = call()
+    except BaseException as error:  # noqa: BLE001 (it goes to who awaits)
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+            loop.call_soon_threadsafe(_refuse, given, error)
+    else:
+        try:
+            loop.call_soon_threadsafe(_give, given, result, unwanted)
+        except RuntimeError:
+            unwanted(result)
+    finally:
+        del given  # see telling: it keeps what was raised
+
+
+def _give(given: asyncio.Future[_T], result: _T, unwanted: Callable[[_T], object]) -> None:
+    if given.done():
+        unwanted(result)
+    else:
+        given.set_result(result)
+
+
+def _refuse(given: asyncio.Future[Any], error: BaseException) -> None:
+    if not given.done():
+        given.set_exception(error)

@@ -98,9 +98,12 @@ class _Look(threading.Thread, Generic[_T]):
     def result(self) -> _T:
         """What it gave, or raised."""
         error, self._error = self._error, None
-        if error is not None:
-            raise error
-        return self._found.pop()
+        try:
+            if error is not None:
+                raise error
+            return self._found.pop()
+        finally:
+            del error  # see telling
 
 
 def look_at(

@@ -26,6 +26,7 @@ from memdesc.dma.targets import Target
 from memdesc.errors import DeviceError
 from memdesc.vm.forks import lock_for, tell_child
 from memdesc.vm.pages import page_span
+from memdesc.vm.telling import bare
 
 if TYPE_CHECKING:
     from memdesc.dma.cuda.device import CudaDevice
@@ -194,7 +195,7 @@ class Registrations:
             except DeviceError as error:
                 gone = error.code in (NOT_REGISTERED, UNLOADING)
                 if not gone or (certain and error.code == NOT_REGISTERED):
-                    failure = error.with_traceback(None)
+                    failure = bare(error)
                     log.warning(
                         "cuda.unregister_failed",
                         extra={

@@ -32,6 +32,7 @@ from memdesc.portable import Natural, Portable
 from memdesc.records import record
 from memdesc.services.arrays import check_form
 from memdesc.vm.pages import Access, Direction
+from memdesc.vm.telling import explains
 
 if TYPE_CHECKING:
     import numpy as np
@@ -265,33 +266,21 @@ def _bytes_of(descriptor: MemoryDescriptor) -> memoryview | bytes:
 # -- receiving -------------------------------------------------------------------------------------
 
 
-class _Opening:
-    """Says of whatever is the matter with a message that it is lost, as Dask understands it.
+@explains
+def _opening(error: Exception, what: str) -> None:
+    """Say of whatever is the matter with a message that it is lost, as Dask understands it.
 
     An OSError it takes for a failure of the network: it drops the connection and asks again. With
     any other, the connection goes back into use while the sender still waits on it, and the task
     waits for ever (distributed, `Worker.gather_dep`: "this will deadlock the cluster").
-
-    No generator of `contextlib`: from CPython 3.12 on an error that one replaces refers to itself,
-    and keeps what was received until the collector runs.
     """
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-
-    def __enter__(self) -> None:
-        """Open it in the block."""
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if not isinstance(error, Exception):
-            return
-        ends.rest()
-        _count("lost")
-        raise PeerGoneError(
-            f"{self._what} that was sent to task {os.getpid()} can not be opened here: {error}; "
-            "asked for again, it comes as bytes",
-            errno=getattr(error, "errno", None) or errno.EPROTO,
-        ) from error
+    ends.rest()
+    _count("lost")
+    raise PeerGoneError(
+        f"{what} that was sent to task {os.getpid()} can not be opened here: {error}; asked for "
+        "again, it comes as bytes",
+        errno=getattr(error, "errno", None) or errno.EPROTO,
+    ) from error
 
 
 def load_array(header: Mapping[str, Any], frames: Frames) -> Array:
@@ -300,7 +289,7 @@ def load_array(header: Mapping[str, Any], frames: Frames) -> Array:
 
     if KEY not in header:
         return plain.deserialize_numpy_ndarray(header, frames)  # type: ignore[no-any-return]
-    with _Opening("an array"):
+    with _opening("an array"):
         received, form = _take(frames)
         if form is None:
             raise ProtocolError("it is not said how it lies there", errno=errno.EPROTO)
@@ -314,7 +303,7 @@ def load_array(header: Mapping[str, Any], frames: Frames) -> Array:
 
 def load_descriptor(header: Mapping[str, Any], frames: Frames) -> ReceivedMemoryDescriptor:
     """Make a descriptor of what came: read-only, whether it came as a handle or as bytes."""
-    with _Opening("a descriptor"):
+    with _opening("a descriptor"):
         if header[KEY] != "handle":
             return _received(header, frames)
         received, _ = _take(frames)

@@ -11,6 +11,7 @@ from memdesc.handover import discard
 from memdesc.services import protocol
 from memdesc.services.failures import rebuilt
 from memdesc.vm.forks import Condition
+from memdesc.vm.telling import bare
 from memdesc.vm.timeouts import check_timeout
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class PendingCall(Future[Any]):
                 raise error
             return value
         finally:
-            del self, end, error  # see tracing.blamed; and a call keeps its error
+            del self, end, error  # see telling; and a call keeps its error
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Give what the call raised, or None, waiting for it."""
@@ -106,8 +107,7 @@ class PendingCall(Future[Any]):
                 try:
                     self._decoded = self._read(answer, fds), None
                 except Exception as error:  # noqa: BLE001 (it goes to who asks)
-                    # Without this frame, which has the call, which has the error.
-                    self._decoded = None, error.with_traceback(None)
+                    self._decoded = None, bare(error)  # this frame has the call, which has it
             return self._decoded
 
     def _drop(self) -> None:

@@ -17,7 +17,11 @@ ROWS = [
     [cell.strip() for cell in line.strip("|\n").split("|")]
     for line in re.findall(r"^\|.*\|$", PAGE, re.M)[2:]
 ]
-AMONG_THEMSELVES = {"request", "request_async", "map_in_peer", "unmap_in_peer"}
+AMONG_THEMSELVES = {
+    f"{name}{twin}"
+    for name in ("request", "map_in_peer", "unmap_in_peer")
+    for twin in ("", "_async")
+}
 """Of services and connections, without an underscore since other modules call them."""
 
 

@@ -392,8 +392,8 @@ def test_a_client_whose_maps_are_held_up(service, monkeypatch):
     def held_up(*_):
         raise md.TimedOutError("held up", errno=errno.ETIMEDOUT)
 
-    monkeypatch.setattr("memdesc.services.peer.regions", held_up)
-    monkeypatch.setattr("memdesc.services.peer.regions_in", held_up)
+    monkeypatch.setattr("memdesc.services.pushing.regions", held_up)
+    monkeypatch.setattr("memdesc.services.pushing.regions_in", held_up)
     with stranger(service) as one:
         one.greet()
         client = service.clients()[1]

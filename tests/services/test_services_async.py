@@ -207,6 +207,94 @@ def test_mappings_are_awaited(puppet: Any) -> None:
         asyncio.run(asyncio.wait_for(main(), LIMIT))
 
 
+@pytest.mark.slow
+def test_mappings_are_made_in_another_task_and_unmapped(puppet: Any) -> None:
+    """Not in `cancelled`'s way: one who was cancelled leaves nothing mapped there."""
+    frames = md.BufferMemoryDescriptor(5000, name="frames")
+    with md.Service("window") as service:
+        one = puppet("c = md.connect('window', timeout=30)")
+        client = service.wait_client(LIMIT)
+
+        async def main() -> None:
+            with await frames.create_mapping_in_task_async(md.Task.current()) as here:
+                await here.unmap_async()
+                assert not here.is_mapped
+            mapping = await frames.create_mapping_in_task_async(client.task, offset=8, length=100)
+            assert (mapping.length, mapping.offset, mapping.task) == (100, 8, client.task)
+            await asyncio.to_thread(one.do, "m = c.wait_mapping(30)")
+            assert one.do("m.address") == mapping.address
+            await asyncio.to_thread(one.do, "view = memoryview(m)")
+            with pytest.raises(BufferError):
+                await mapping.unmap_async()
+            await asyncio.to_thread(one.do, "view.release(); del m")
+            await mapping.unmap_async()
+            await mapping.unmap_async()  # a no-op
+            assert frames.mappings() == []
+            for _ in range(10):
+                await cancelled(frames.create_mapping_in_task_async(client.task))
+            with pytest.raises(md.MappingError) as caught:
+                await frames.create_mapping_in_task_async(client.task, length=6000)
+            assert caught.value.reason is md.MappingReason.OUT_OF_RANGE
+
+        asyncio.run(asyncio.wait_for(main(), LIMIT))
+        wait_until(lambda: not client._late)
+        wait_until(lambda: one.do("c.mappings()") == [])  # what was cancelled went there
+        assert client.statistics().remote_mappings == 0
+
+
+@pytest.mark.slow
+def test_a_client_that_does_not_answer_is_not_waited_for_longer(puppet: Any) -> None:
+    frames = md.BufferMemoryDescriptor(5000)
+    with md.Service("window") as service:
+        one = puppet("c = md.connect('window', timeout=30)")
+        client = service.wait_client(LIMIT)
+        mapping = frames.create_mapping_in_task(client.task)
+        one.stop()
+
+        async def main() -> None:
+            for call in (
+                frames.create_mapping_in_task_async(client.task, timeout=0.05),
+                mapping.unmap_async(timeout=0.05),  # type: ignore[call-arg]
+            ):
+                with pytest.raises(md.MappingError) as caught:
+                    await call
+                assert caught.value.reason is md.MappingReason.NOT_ANSWERING
+                assert caught.value.errno == errno.ETIMEDOUT
+            assert mapping.is_mapped
+            await cancelled(mapping.unmap_async())
+            making = frames.create_mapping_in_task_async(client.task, timeout=None)
+            waiting = asyncio.ensure_future(making)
+            await asyncio.sleep(0.01)
+            one.go_on()
+            late = await waiting
+            assert not mapping.is_mapped  # as was asked for before this
+            assert late.is_mapped
+            making = frames.create_mapping_in_task_async(client.task, timeout=None)
+            one.stop()
+            waiting = asyncio.ensure_future(making)
+            await asyncio.sleep(0.01)
+            one.kill()
+            with pytest.raises(md.MappingError) as caught:
+                await waiting
+            assert caught.value.reason is md.MappingReason.PEER_GONE
+            await late.unmap_async()  # it went with its task
+
+        asyncio.run(asyncio.wait_for(main(), LIMIT))
+
+
+def test_shares_are_awaited(both: Both) -> None:
+    service, connection = both
+    for number in range(300):  # more than one message has
+        service.share(str(number), md.BufferMemoryDescriptor(8))
+
+    async def main() -> None:
+        await cancelled(connection.shares_async())
+        assert await connection.shares_async(LIMIT) == connection.shares()
+        assert len(await connection.shares_async()) == 300
+
+    asyncio.run(asyncio.wait_for(main(), LIMIT))
+
+
 def test_events_and_entries_of_clients_are_awaited(both: Both) -> None:
     service, connection = both
     commands = service.queue("commands", direction=md.Direction.IN)

@@ -154,22 +154,11 @@ class Mappable(_core.Exporter, ABC):
         MappingError
             With its `reason`; see `docs/why-your-map-failed.md`.
         """
-        self._check_open()
+        self._check_reachable(task, timeout)
         placement = Placement(at_address, guard_pages, prefault, unique)
-        check_task(task)
-        check_timeout(timeout)
-        if not task.alive:
-            raise MappingError(
-                f"task {task.pid} has ended: nothing can be mapped into it",
-                reason=MappingReason.TASK_GONE,
-                errno=errno.ESRCH,
-            )
         if task.is_current:
             return self._map_into_this_task(offset, length, access, placement, reference)
-        offset, length = self._check_map_range(offset, length)
-        access = self._check_map_access(access)
-        if reference:
-            raise self._nothing_to_refer_to(task.pid)
+        offset, length, access = self._check_push(task, offset, length, access, reference)
         mapping = carrier_to(task, connection).map_in_peer(
             self._extents(offset, length, access),
             access=access,
@@ -181,6 +170,64 @@ class Mappable(_core.Exporter, ABC):
         )
         self._mappings.add(mapping)
         return mapping
+
+    async def create_mapping_in_task_async(
+        self,
+        task: Task,
+        *,
+        offset: int = 0,
+        length: int | None = None,
+        access: Access | None = None,
+        prefault: bool = False,
+        guard_pages: int = 0,
+        unique: bool = False,
+        reference: bool = False,
+        at_address: int | None = None,
+        enforced: bool = True,
+        connection: object | None = None,
+        timeout: float | None = 5.0,
+    ) -> MemoryMap:
+        """As `create_mapping_in_task`, for asyncio. Cancelled, nothing is left mapped there.
+
+        Only this coroutine waits for the other task. In this task it maps at once, in the loop.
+        """
+        self._check_reachable(task, timeout)
+        placement = Placement(at_address, guard_pages, prefault, unique)
+        if task.is_current:
+            return self._map_into_this_task(offset, length, access, placement, reference)
+        offset, length, access = self._check_push(task, offset, length, access, reference)
+        mapping = await carrier_to(task, connection).map_in_peer_async(
+            self._extents(offset, length, access),
+            access=access,
+            enforced=enforced,
+            placement=placement,
+            offset=offset,
+            owner=self,
+            timeout=timeout,
+        )
+        self._mappings.add(mapping)
+        return mapping
+
+    def _check_reachable(self, task: Task, timeout: float | None) -> None:
+        self._check_open()
+        check_task(task)
+        check_timeout(timeout)
+        if not task.alive:
+            raise MappingError(
+                f"task {task.pid} has ended: nothing can be mapped into it",
+                reason=MappingReason.TASK_GONE,
+                errno=errno.ESRCH,
+            )
+
+    def _check_push(
+        self, task: Task, offset: int, length: int | None, access: Access | None, reference: bool
+    ) -> tuple[int, int, Access]:
+        """Check what is to be mapped in another task: (offset, length, access)."""
+        offset, length = self._check_map_range(offset, length)
+        access = self._check_map_access(access)
+        if reference:
+            raise self._nothing_to_refer_to(task.pid)
+        return offset, length, access
 
     def _map_into_this_task(
         self,

@@ -31,6 +31,19 @@ class Carrier(Unmapper, Protocol):
     ) -> RemoteMemoryMap:
         """Make a mapping there."""
 
+    async def map_in_peer_async(
+        self,
+        extents: Sequence[Extent],
+        *,
+        access: Access,
+        enforced: bool,
+        placement: Placement,
+        offset: int,
+        owner: object,
+        timeout: float | None,
+    ) -> RemoteMemoryMap:
+        """Make a mapping there, without stopping the event loop."""
+
 
 # Weak: a connection that its program dropped ends, and reaches no one. By pid and start time: a
 # Task as the key would hold its pidfd.

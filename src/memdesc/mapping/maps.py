@@ -87,6 +87,10 @@ class MemoryMap(ABC):
             Views of it are alive; nothing was unmapped.
         """
 
+    async def unmap_async(self) -> None:
+        """As `unmap`, for asyncio: one in another task is waited for by this coroutine alone."""
+        self.unmap()
+
     @abstractmethod
     def _let_go(self) -> None:
         """End it as soon as no view needs it."""
@@ -276,6 +280,9 @@ class Unmapper(Protocol):
     def unmap_in_peer(self, token: int, timeout: float | None) -> None:
         """End it, or raise `BufferError`."""
 
+    async def unmap_in_peer_async(self, token: int, timeout: float | None) -> None:
+        """End it without stopping the event loop, or raise `BufferError`."""
+
     def release_in_peer(self, token: int) -> None:
         """End it when the peer's views are gone; does not wait."""
 
@@ -329,6 +336,14 @@ class RemoteMemoryMap(MemoryMap):
         check_timeout(timeout)
         if self._token is not None and self.is_mapped:
             self._carrier.unmap_in_peer(self._token, timeout)
+        self._token = None
+        self._owner = None
+
+    async def unmap_async(self, timeout: float | None = 5.0) -> None:
+        """As `unmap`, for asyncio. Cancelled, that task does it all the same."""
+        check_timeout(timeout)
+        if self._token is not None and self.is_mapped:
+            await self._carrier.unmap_in_peer_async(self._token, timeout)
         self._token = None
         self._owner = None
 

@@ -1,40 +1,33 @@
 """A peer: one end of a connection, the same on both sides, with the mappings pushed over it.
 
 `Connection` (the client's side) and `UserClient` (the service's) are its two kinds. Either side may
-map its memory into the other (`create_mapping_in_task`), up to the other's limit.
+map its memory into the other (`create_mapping_in_task`), up to the other's limit: how it asks for
+that is in `pushing`, how it is asked here.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import selectors
 import socket as sockets
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from memdesc.copyio import register_copier, unregister_copier
 from memdesc.errors import (
-    ClosedError,
-    InvalidArgument,
     MappingError,
     MappingReason,
     MemdescError,
-    NotPrivilegedError,
-    PeerGoneError,
     ProtocolError,
-    SealedError,
-    TaskGoneError,
     TimedOutError,
 )
-from memdesc.handover import close_all, give, take, travelling
+from memdesc.handover import take
 from memdesc.mapping import (
     Extent,
     LocalMemoryMap,
     Placement,
-    RemoteMemoryMap,
     add_carrier,
     has_hole,
     map_extents,
@@ -44,17 +37,16 @@ from memdesc.memory.page_kinds import meminfo
 from memdesc.services import protocol
 from memdesc.services.copier import PeerCopier, read_own, write_own
 from memdesc.services.limits import Limits
-from memdesc.services.requests import Requester
+from memdesc.services.pushing import Pushing
 from memdesc.services.statistics import PeerStatistics
 from memdesc.vm.pages import Access, page_size
-from memdesc.vm.regions import find_holes, regions, regions_in
 from memdesc.vm.task import Task
 
 _physical = os.sysconf("SC_PHYS_PAGES") * page_size
 """Bytes of memory: no less is refused, so the kernel need not be asked each time."""
 
 
-class Peer(Requester):
+class Peer(Pushing):
     """One connected task, and the mappings that each side has made in the other.
 
     Attributes
@@ -75,7 +67,6 @@ class Peer(Requester):
         self.allow_copy = allow_copy
         self._arrived = self._lock
         self._no_copier: weakref.finalize[..., Any] | None = None  # not started
-        self._in_peer: set[int] = set()
         self._pushed: dict[int, LocalMemoryMap] = {}
         self._sizes: dict[int, int] = {}  # ranges of each
         self._unseen: deque[LocalMemoryMap] = deque()
@@ -265,186 +256,6 @@ class Peer(Requester):
             f"task {self.task.pid} made no mapping here within {timeout} s", errno=errno.ETIMEDOUT
         )
 
-    # -- mappings that we push into the peer (mapping.Carrier) -----------------------------------
-
-    def map_in_peer(
-        self,
-        extents: Sequence[Extent],
-        *,
-        access: Access,
-        enforced: bool,
-        placement: Placement,
-        offset: int,
-        owner: object,
-        timeout: float | None,
-    ) -> RemoteMemoryMap:
-        """Have the other side map extents; see `MemoryDescriptor.create_mapping_in_task`."""
-        if placement.prefault:
-            _allocate(extents)
-        pieces, fds = self._give(extents, access, enforced)
-        push = protocol.PushMapping(
-            id=self.next_id(),
-            token=self.next_id(),
-            name=travelling(getattr(owner, "name", "")),
-            writable=access.writable,
-            pieces=tuple(pieces),
-            offset=offset,
-            at_address=placement.at_address,
-            guard_pages=placement.guard_pages,
-            prefault=placement.prefault,
-        )
-        with self._lock:
-            self._in_peer.add(push.token)  # now: its end may be told before we see its beginning
-        try:
-            answer = self._push(push, fds, timeout)
-        except BaseException:
-            with self._lock:
-                self._in_peer.discard(push.token)
-            raise
-        finally:
-            close_all(fds)
-        try:
-            verified = self._check_claim(push.token, answer.address, extents, access)
-        except BaseException:
-            self.release_in_peer(push.token)
-            raise
-        return RemoteMemoryMap(
-            self,
-            push.token,
-            address=answer.address,
-            length=sum(extent.length for extent in extents),
-            access=access,
-            offset=offset,
-            verified=verified,
-            owner=owner,
-        )
-
-    def _push(
-        self, push: protocol.PushMapping, fds: Sequence[int], timeout: float | None
-    ) -> protocol.Mapped:
-        undo = self._undo_push(push.token)
-        try:
-            return self.request(push, protocol.Mapped, fds, timeout, undo=undo)[0]
-        except TimedOutError as error:
-            raise MappingError(
-                f"{error}; nothing is left mapped there when it wakes",
-                reason=MappingReason.NOT_ANSWERING,
-                errno=errno.ETIMEDOUT,
-            ) from error
-        except (PeerGoneError, ClosedError, ProtocolError) as error:
-            raise MappingError(
-                str(error), reason=MappingReason.PEER_GONE, errno=errno.ECONNRESET
-            ) from error
-
-    def _undo_push(self, token: int) -> Callable[[Any], None]:
-        """What is done about a mapping that was made when no one waited for it any more."""
-
-        def undo(answer: Any) -> None:
-            if isinstance(answer, protocol.Mapped):
-                self._send_if_there(protocol.ReleaseMapping(token))
-
-        return undo
-
-    def _give(
-        self, extents: Sequence[Extent], access: Access, enforced: bool
-    ) -> tuple[list[tuple[int, int, int]], list[int]]:
-        try:
-            return give(extents, access, enforced=enforced, user=self.task.credentials.uid)
-        except SealedError as error:
-            reason = MappingReason.ACCESS if access.writable else MappingReason.NOT_ENFORCED
-            raise MappingError(str(error), reason=reason, errno=error.errno) from error
-
-    def _check_claim(
-        self, token: int, address: int, extents: Sequence[Extent], access: Access
-    ) -> bool | None:
-        """Look into the task's maps for what it says it did; None where we may not look.
-
-        None too where its program has ended the mapping meanwhile, and said so.
-        """
-        try:
-            return self._compare_claim(address, extents, access)
-        except MappingError:
-            # What it told us before it unmapped lies in the socket at the latest.
-            self._loop.run(lambda: self._ready(selectors.EVENT_READ))
-            still_there = self.has_mapping(token) and self._has_memory()
-            if still_there:
-                raise
-            return None
-
-    def _has_memory(self) -> bool:
-        """False once the task is ending: its address space goes before it is called dead."""
-        try:
-            return bool(regions(self.task))
-        except (NotPrivilegedError, TaskGoneError):
-            return False
-        except TimedOutError:
-            return True
-
-    def _compare_claim(
-        self, address: int, extents: Sequence[Extent], access: Access
-    ) -> bool | None:
-        at = address
-        try:
-            for extent in extents:
-                shown = regions_in(self.task, at, extent.length)
-                if find_holes(shown, at, extent.length):
-                    raise self._false_answer(address, "nothing")
-                for region in shown:
-                    low = max(at, region.start)
-                    same_object = extent.object.identity == (
-                        os.makedev(*region.object.device),
-                        region.object.inode,
-                    )
-                    same_place = region.offset_of(low) == extent.offset + low - at
-                    if not (same_object and same_place and region.access is access):
-                        raise self._false_answer(address, region.path)
-                at += extent.length
-        except (NotPrivilegedError, TaskGoneError):
-            return None
-        except TimedOutError as error:
-            raise MappingError(
-                str(error), reason=MappingReason.NOT_ANSWERING, errno=error.errno
-            ) from error
-        except InvalidArgument as error:
-            raise self._false_answer(address, "no address of a task") from error
-        return True
-
-    def _false_answer(self, address: int, what: str) -> MappingError:
-        return MappingError(
-            f"task {self.task.pid} answered that the mapping lies at {address:#x}; its maps show "
-            f"{what or 'other memory'} there: do not use that address",
-            reason=MappingReason.FALSE_ANSWER,
-            errno=errno.EPROTO,
-        )
-
-    def has_mapping(self, token: int) -> bool:
-        """Whether a mapping that we pushed is still in the books."""
-        return not self.closed and token in self._in_peer
-
-    def unmap_in_peer(self, token: int, timeout: float | None) -> None:
-        """Have the other side unmap; `BufferError` while its program holds views."""
-        try:
-            pull = protocol.PullMapping(self.next_id(), token)
-            self.request(pull, protocol.Done, timeout=timeout)
-        except (PeerGoneError, ClosedError):
-            return  # and its mappings with it
-        except TimedOutError as error:
-            raise MappingError(
-                f"{error}; the mapping is still in the books",
-                reason=MappingReason.NOT_ANSWERING,
-                errno=errno.ETIMEDOUT,
-            ) from error
-        with self._lock:
-            self._in_peer.discard(token)
-
-    def release_in_peer(self, token: int) -> None:
-        """Tell the other side that the mapping may go when its views do; does not wait."""
-        with self._lock:
-            known = token in self._in_peer
-            self._in_peer.discard(token)
-        if known:
-            self._send_if_there(protocol.ReleaseMapping(token))
-
 
 class _Ended:
     """Tells the other side that this program ended a mapping that it had pushed."""
@@ -470,13 +281,6 @@ def _check_allocated(extents: Sequence[Extent]) -> None:
                 reason=MappingReason.REFUSED,
                 errno=errno.EDQUOT,
             )
-
-
-def _allocate(extents: Sequence[Extent]) -> None:
-    """Allocate the pages of memory that is to be faulted in at the other side."""
-    for extent in extents:
-        if has_hole(extent):
-            map_extents([extent], Access.READ_ONLY, Placement(prefault=True))
 
 
 def _memory_size() -> int:

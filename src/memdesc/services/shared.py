@@ -33,21 +33,39 @@ class SharedWith(Link):
         self._watched: set[str] = set()
 
     def shares(self, timeout: float | None = 5.0) -> list[protocol.Share]:
-        """List what the service shares with this client."""
+        """List what the service shares with this client.
+
+        Raises
+        ------
+        TimedOutError, PeerGoneError, ClosedError, ProtocolError
+        """
         found: list[protocol.Share] = []
         until = deadline_of(timeout)
         while True:
             request = protocol.ListShares(self.next_id(), len(found))
-            left = None if until is None else max(until - time.monotonic(), 0)
-            answer, _ = self.request(request, protocol.Shares, timeout=left)
-            found += answer.shares
-            if not answer.more or not answer.shares:
+            answer, _ = self.request(request, protocol.Shares, timeout=_left(until))
+            if self._is_last(answer, found):
                 return found
-            if len(found) > _MOST_SHARES:
-                raise ProtocolError(
-                    f"service {self.name!r} lists more than {_MOST_SHARES:,} shares, without end",
-                    errno=errno.EPROTO,
-                )
+
+    async def shares_async(self, timeout: float | None = 5.0) -> list[protocol.Share]:
+        """As `shares`, for asyncio."""
+        found: list[protocol.Share] = []
+        until = deadline_of(timeout)
+        while True:
+            request = protocol.ListShares(self.next_id(), len(found))
+            answer, _ = await self.request_async(request, protocol.Shares, timeout=_left(until))
+            if self._is_last(answer, found):
+                return found
+
+    def _is_last(self, answer: protocol.Shares, found: list[protocol.Share]) -> bool:
+        """Add a page of the list to what was found; whether it was the last."""
+        found += answer.shares
+        if answer.more and answer.shares and len(found) > _MOST_SHARES:
+            raise ProtocolError(
+                f"service {self.name!r} lists more than {_MOST_SHARES:,} shares, without end",
+                errno=errno.EPROTO,
+            )
+        return not (answer.more and answer.shares)
 
     def descriptor(self, name: str, timeout: float | None = 5.0) -> ReceivedMemoryDescriptor:
         """Get a descriptor of what is shared under a name, waiting for it. Owned by the caller.
@@ -97,7 +115,7 @@ class SharedWith(Link):
             self._ask_about(protocol.WatchLength, name, protocol.Length, timeout)
         return self._arrived.wait_for(
             lambda: self._other_length(name, known),
-            None if until is None else max(until - time.monotonic(), 0),
+            _left(until),
             lambda: self._same_length(name, known, timeout),
         )
 
@@ -109,7 +127,7 @@ class SharedWith(Link):
             await self._ask_about_async(protocol.WatchLength, name, protocol.Length, timeout)
         return await self._arrived.wait_for_async(
             lambda: self._other_length(name, known),
-            None if until is None else max(until - time.monotonic(), 0),
+            _left(until),
             lambda: self._same_length(name, known, timeout),
         )
 
@@ -244,3 +262,8 @@ def _mapped(
     if share.dtype is not None and mapping.length == descriptor.length:
         mapping.layout = share.shape, share.dtype, "F" if share.column_major else "C"
     return mapping
+
+
+def _left(until: float | None) -> float | None:
+    """Give the seconds until then; None: for ever."""
+    return None if until is None else max(until - time.monotonic(), 0)

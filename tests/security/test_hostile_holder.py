@@ -23,7 +23,7 @@ from puppets import count_fds, end_holder, wait_until
 import memdesc as md
 from memdesc import _core
 from memdesc.handover import holder as holders, transit
-from memdesc.handover.holder import ANSWER, COUNT, KEEP, NO_FILES, TOKEN, YES, Holder, peer_of
+from memdesc.handover.holder import ANSWER, COUNT, KEEP, NO, NO_FILES, TOKEN, YES, Holder, peer_of
 from memdesc.interop import multiprocessing as handles
 from memdesc.memory import closing
 
@@ -239,6 +239,31 @@ def test_a_stopped_holder_holds_up_none_but_those_who_want_it() -> None:
     for sock in waiting:
         sock.close()
     os.close(ready), os.close(told)
+
+
+def test_a_way_is_not_closed_under_the_thread_that_asks_there() -> None:
+    address, errors = new_address(), []
+
+    def want() -> None:
+        try:
+            transit.take(address, bytes(TOKEN))
+        except md.PeerGoneError as error:
+            errors.append(error.errno)
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(address)
+        listener.listen(1)
+        thread = threading.Thread(target=want)
+        thread.start()
+        link, _ = listener.accept()
+        link.settimeout(60)
+        assert len(link.recv(100)) == 1 + TOKEN
+        transit.ways.close()
+        link.send(NO + bytes(ANSWER - 1))
+        thread.join(60)
+        assert errors == [errno.ENOENT]
+        assert link.recv(1) == b"", "it was closed then"
+        link.close()
 
 
 def knocks(address: bytes) -> int:

@@ -5,6 +5,7 @@
 * `reducers`   both through what carries bytes only, as `multiprocessing` does: as a handle
 * `transit`    where the file descriptors of a handle are left, and taken
 * `holder`     what keeps them meanwhile
+* `endings`    what is done about them at the end of a process
 """
 
 from __future__ import annotations

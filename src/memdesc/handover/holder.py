@@ -237,6 +237,10 @@ class Holder:
         with self._lock:
             return [told[0] for one in self._objects.values() if (told := one.told())]
 
+    def settle(self) -> None:
+        """Wait until whoever has asked is answered: what was taken may not be sent yet."""
+        self._loop.run(lambda: None)
+
     # -- the socket; all of it on the I/O thread ---------------------------------------------------
 
     def _watch(self) -> None:

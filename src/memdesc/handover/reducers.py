@@ -21,6 +21,7 @@ from memdesc.descriptors.received import ReceivedMemoryDescriptor
 from memdesc.descriptors.snapshot import SnapshotMemoryDescriptor
 from memdesc.descriptors.sub import SubMemoryDescriptor
 from memdesc.errors import MemdescError
+from memdesc.handover import endings as endings  # which sees to what is sent
 from memdesc.handover.forms import pack, portable_type, unpack
 from memdesc.vm.pages import Access
 

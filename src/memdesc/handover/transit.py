@@ -4,7 +4,7 @@ A pipe of `multiprocessing` carries bytes only. So who sends a handle leaves its
 with a *holder*, and the receiver, told the holder's address and a token, takes them there. The
 holder is the family's first process: what a worker sent can be had after the worker's death. Where
 that one has none (it did not install, and sent nothing), each sender is its own holder, and what it
-sent ends with it.
+sent ends with it; so it stays a moment at its end, for those who are about to come.
 
 A holder's name is made of the family's `authkey`, which all of it inherit; it is asked only where
 it is of our own user.
@@ -23,10 +23,11 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from multiprocessing import util
+from multiprocessing import connection
 from typing import Protocol
 
 from memdesc.errors import AccessDeniedError, PeerGoneError, TimedOutError
+from memdesc.handover import endings
 from memdesc.handover.forms import too_many_files
 from memdesc.handover.holder import (
     ANSWER,
@@ -55,6 +56,8 @@ PATIENCE = 60.0
 """Seconds that a holder has for an answer: its process may be stopped, or hold the GIL."""
 _PAUSE = 0.005
 _NAMED = 5
+_STAYS = 5.0
+"""Seconds that a worker which is its own holder stays at its end, for who takes what it sent."""
 
 
 class HolderLike(Protocol):
@@ -187,9 +190,12 @@ class Link:
         return -1 if self._sock is None else self._sock.fileno()
 
     def close(self) -> None:
-        """Hang up."""
-        if self._sock is not None:
-            self._sock.close()
+        """Hang up; while a thread asks, that is left to the collector, after it."""
+        if self._sock is not None and self._lock.acquire(blocking=False):
+            try:
+                self._sock.close()
+            finally:
+                self._lock.release()
 
     __del__ = close
 
@@ -212,7 +218,6 @@ class Ways:
         self._links: dict[bytes, Link] = {}
         self._limit: int | None = None
         self._lock = lock_for(self)
-        self._warns = False
         tell_child(self)
 
     @property
@@ -250,10 +255,7 @@ class Ways:
                 self._holder.limit = nbytes
 
     def _open(self, address: bytes) -> Holder:
-        if not self._warns:
-            self._warns = True
-            # After this process has waited for its children; so not by `atexit`.
-            util.Finalize(None, self._warn, exitpriority=-100)
+        endings.prepare()
         if multiprocessing.parent_process() is None:
             try:
                 return Holder(address, self._limit)
@@ -280,7 +282,9 @@ class Ways:
     def close(self) -> None:
         """Hang up, and end the holder once nothing waits there."""
         with self._lock:
-            self._links.clear()  # each is closed with the last thread that asks there
+            for link in self._links.values():
+                link.close()
+            self._links.clear()
             if self._holder is not None:
                 self._holder.end_when_idle()
 
@@ -291,11 +295,14 @@ class Ways:
         if self._holder is not None:
             self._holder.forked()
             self._holder = None
-        self._warns = False  # a child of multiprocessing forgets what its parent does at exit
 
-    def _warn(self) -> None:
+    def end(self) -> None:
+        """At the end of this process: let what was sent be taken; tell of what is not."""
         holder = self.holder
-        if holder is None or not (counts := holder.counts()).handles:
+        if holder is None:
+            return
+        _stay(holder)
+        if not (counts := holder.counts()).handles:
             return
         names = holder.names()
         more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
@@ -306,6 +313,18 @@ class Ways:
             ResourceWarning,
             stacklevel=1,
         )
+
+
+def _stay(holder: Holder) -> None:
+    """Give those who were sent something by a worker time to take it; while its parent lives."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    until = time.monotonic() + _STAYS
+    while holder.counts().handles and time.monotonic() < until:
+        if connection.wait([parent.sentinel], _PAUSE):
+            return
+    holder.settle()
 
 
 def _family_address() -> bytes:

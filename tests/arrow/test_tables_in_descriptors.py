@@ -187,6 +187,54 @@ def test_what_is_no_table_is_refused(data: Any) -> None:
     assert no.value.__cause__ is not None
 
 
+class Other:
+    """What is no table, of some other library, with what is known of it."""
+
+    def __init__(self, *methods: str, **known: Any) -> None:
+        self.__dict__.update({name: lambda: None for name in methods} | known)
+
+
+@pytest.mark.parametrize(
+    ("data", "instead"),
+    [
+        (Other("collect", columns=["a"]), ".collect()"),  # a LazyFrame of Polars
+        (Other("compute", columns=["a"]), ".compute()"),  # a data frame of Dask
+        (Other("to_frame", "__array__"), ".to_frame()"),  # a Series
+        (Other(columns=["a", "a"]), "one type"),  # a data frame that can not be converted
+        ({"a": [1, "x"]}, "one type"),
+        (pa.array([1, 2]), '{"values": it}'),
+        (pa.chunked_array([[1]]), '{"values": it}'),
+        (np.arange(3), '{"values": it}'),
+        (np.zeros((2, 2)), "dict of columns"),
+        ([{"a": 1}], "dict of columns"),
+        ("trades.arrow", "dict of columns"),
+    ],
+)
+def test_what_is_refused_is_told_what_to_give_instead(data: Any, instead: str) -> None:
+    with pytest.raises(md.InvalidArgument) as no:
+        arrow.to_descriptor(data)
+    assert no.value.errno == errno.EINVAL
+    assert instead in str(no.value)
+    assert str(no.value.__cause__) in str(no.value)
+
+
+@pytest.mark.parametrize("library", ["polars", "pandas"])
+def test_objects_of_other_libraries(library: str) -> None:
+    """Where it is installed."""
+    frames = pytest.importorskip(library)
+    frame = frames.DataFrame(ROWS)
+    assert arrow.table(arrow.to_descriptor(frame)).column_names == list(ROWS)
+    column = frame["price"]
+    assert arrow.table(arrow.to_descriptor(column.to_frame())).column_names == ["price"]
+    others = [(column, ".to_frame()")]
+    if hasattr(frame, "lazy"):
+        others.append((frame.lazy(), ".collect()"))
+    for data, instead in others:
+        with pytest.raises(md.InvalidArgument, match=f"{library}.*{instead}") as no:
+            arrow.to_descriptor(data)
+        assert no.value.errno == errno.EINVAL
+
+
 @pytest.mark.parametrize(("before", "after"), [(100, 200), (200, 100)])
 def test_texts_that_change_meanwhile_are_refused(
     before: int, after: int, monkeypatch: pytest.MonkeyPatch

@@ -95,9 +95,10 @@ def to_descriptor(
         measured = pa.MockOutputStream()
         _write(pa, columns, measured)
     except (pa.ArrowException, TypeError, ValueError) as error:
+        kind = f"{type(data).__module__.partition('.')[0]}.{type(data).__qualname__}"
         raise InvalidArgument(
-            f"PyArrow can not write what is of type {type(data).__name__} as an IPC stream: "
-            f"{error}",
+            f"{kind.removeprefix('builtins.')} can not be written as a table: {_instead(data)} "
+            f"(PyArrow says: {error})",
             errno=errno.EINVAL,
         ) from error
     with BufferMemoryDescriptor(
@@ -200,6 +201,23 @@ def _pyarrow() -> Any:
     if handles is not None:
         handles.see_types()
     return pyarrow
+
+
+def _instead(data: Any) -> str:
+    """Say what to give in the place of what PyArrow makes no table of."""
+    for method, why in (
+        ("collect", "it is a query and no result yet"),  # of Polars
+        ("compute", "it is a graph and no result yet"),  # of Dask
+        ("to_frame", "it is one column"),  # a Series of Polars or pandas, an Index
+    ):
+        if callable(getattr(data, method, None)):
+            return f"{why}; give its .{method}()"
+    if hasattr(data, "columns") or isinstance(data, dict):
+        return "give it columns of one length, each of one type and with a name of its own"
+    is_column = hasattr(data, "__array__") or hasattr(data, "__arrow_c_array__")
+    if is_column and getattr(data, "ndim", 1) == 1:
+        return 'it has no column names; give {"values": it}'
+    return "give a Table or RecordBatch of PyArrow, a data frame, or a dict of columns"
 
 
 def _write(pa: Any, columns: pa.Table, sink: Any) -> None:

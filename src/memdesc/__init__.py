@@ -41,6 +41,7 @@ The house, from the top down; a room knows only those below it:
 * `alloc`                zones: small pieces of private memory, from a limited pool; io_malloc
 * `handover`             descriptors over Unix sockets and multiprocessing (`portable`: their form)
 * `loop`                 the one I/O thread of a process: sockets and deaths, while it computes
+* `tables`               Arrow tables in memory, read in place
 * `descriptors`          what describes memory: buffers, address ranges, parts, several as one
 * `copyio`               copyin, copyout, copyinstr, copy_between
 * `crossing`             how a block of so many bytes crosses; calibration

@@ -192,12 +192,3 @@ def test_record_batches_through_a_stream(market: md.Service) -> None:
     quotes.close()
     connection.close()
     stream.close()
-
-
-def test_an_arrow_file_that_is_served(tmp_path: Path) -> None:
-    ours = of_every_type().drop_columns(["dense", "deep"])
-    (tmp_path / "trades.arrow").write_bytes(stream_of(ours, file=True))
-    with md.files.FileServer("market", [tmp_path / "trades.arrow"]):
-        with md.connect("market") as connection:
-            memory = connection.arrays()["trades"]
-    assert arrow.table(memory).equals(ours)  # nobody can change what is served

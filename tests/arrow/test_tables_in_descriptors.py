@@ -19,6 +19,7 @@ from arrow_tables import of_every_type, stream_of  # noqa: E402
 
 import memdesc as md  # noqa: E402
 from memdesc.interop import arrow  # noqa: E402
+from memdesc.tables import messages  # noqa: E402
 from memdesc.testing import failing  # noqa: E402
 
 ROWS = {"price": [99.5, None, 101.0], "symbol": ["A", "B", None]}
@@ -356,8 +357,8 @@ def test_dictionaries_in_pieces_and_the_other_byte_order_are_refused() -> None:
     swapped = bytearray(stream_of(pa.table({"n": [1, 2]})))
     reader = pa.ipc.MessageReader.open_stream(bytes(swapped))
     schema = bytes(reader.read_next_message().metadata)
-    at = arrow._field(schema, int.from_bytes(schema[:4], "little"), arrow._HEADER)
-    table_at = arrow._follow(schema, at)
+    root = int.from_bytes(schema[:4], "little")
+    table_at = messages._follow(schema, messages._field(schema, root, messages._HEADER))
     # The writer leaves out what is the default: let an absent field have the place of another.
     vtable = table_at - int.from_bytes(schema[table_at : table_at + 4], "little", signed=True)
     prefix = bytes(swapped).index(schema)

@@ -85,7 +85,9 @@ def absent(field: inspect.Field) -> str:
         default = msgspec.msgpack.decode(default)
     if isinstance(default, int) and not isinstance(default, bool):
         return str(default)  # 0 == False, which would find its word
-    return {None: "nil", False: "false", True: "true", (): "empty"}.get(default, repr(default))
+    return {None: "nil", False: "false", True: "true", (): "empty", "": "empty"}.get(
+        default, repr(default)
+    )
 
 
 def wire(info: Any) -> str:

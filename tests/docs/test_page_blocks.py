@@ -21,7 +21,7 @@ AROUND = {
 import memdesc
 from memdesc.interop import arrow
 with memdesc.Service("trades") as service:
-    service.share("trades", arrow.to_descriptor({"price": [1, 2]}))
+    service.share("trades", arrow.to_descriptor({"price": [1, 2]}), content="arrow")
     BLOCK 0
 assert trades.num_rows == 2
 BLOCK 1

@@ -298,6 +298,7 @@ def loaded_record(loaded: Loaded) -> Record:
                 "name": entry.name,
                 "dtype": entry.dtype,
                 "stored_as": entry.stored_as or None,
+                "content": entry.content or None,
                 "shape": list(entry.shape),
                 "column_major": entry.column_major,
                 "nbytes": entry.nbytes,

@@ -48,8 +48,9 @@ def serve(
 ) -> None:
     """Load FILEs once, and serve their arrays read-only to any number of processes.
 
-    Takes .npy, .npz and .safetensors; any other FILE is raw bytes, or elements of DTYPE in a
-    SHAPE like 8x1080x1920. In Python, md.connect(NAME)["array"] is an array, without copying.
+    Takes .npy, .npz, .safetensors, and tables (.arrow, .arrows, .feather); any other FILE is raw
+    bytes, or elements of DTYPE in a SHAPE like 8x1080x1920. In Python, md.connect(NAME)["array"]
+    is an array, or a table, without copying.
 
     SIGHUP loads the FILEs anew: what is read then is of the new version, and who has the old one
     keeps it. If that fails the old one is served on. Exit status: 0 when ended by SIGTERM, 130 by

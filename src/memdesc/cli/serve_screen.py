@@ -148,7 +148,7 @@ class ServeScreen(Printer):
         for one in arrays[:most]:
             yield row(
                 harmless(one["name"], names),
-                harmless(one["stored_as"] or one["dtype"], 10),
+                harmless(one["content"] or one["stored_as"] or one["dtype"], 10),
                 harmless(" x ".join(map(str, one["shape"])) or "a number", 18),
                 amount(one["nbytes"]),
                 harmless(os.path.basename(one["file"]), files),

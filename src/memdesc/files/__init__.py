@@ -5,7 +5,8 @@
 * `FileSource`     a file, and what to make of it
 
 From below: `sources` (files, checked and watched for change), `formats` (what is in them: `npy`,
-`npz`, `safetensors`, raw bytes), `placing` (where each array goes in memory), `loading`, `serving`.
+`npz`, `safetensors`, `arrow`, raw bytes), `placing` (where each array goes in memory), `loading`,
+`serving`.
 """
 
 from memdesc.files.loading import Loaded as Loaded, load as load

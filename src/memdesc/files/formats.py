@@ -6,6 +6,7 @@ against the file's size.
 
 from __future__ import annotations
 
+import errno
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,14 @@ if TYPE_CHECKING:
     from zipfile import ZipInfo
 
 
-_READERS = {".npy": "npy", ".npz": "npz", ".safetensors": "safetensors"}
+_READERS = {
+    ".npy": "npy",
+    ".npz": "npz",
+    ".safetensors": "safetensors",
+    ".arrow": "arrow",
+    ".arrows": "arrow",
+    ".feather": "arrow",
+}
 """By suffix: the module whose `find_arrays` knows the format."""
 
 
@@ -63,6 +71,8 @@ class StoredArray:
         As of `ArrayEntry`.
     member : Member, optional
         Of a zip archive.
+    content : str
+        As of `ArrayEntry`.
     """
 
     name: str
@@ -74,6 +84,7 @@ class StoredArray:
     nbytes: int
     stored_as: str = ""
     member: Member | None = None
+    content: str = ""
 
     @property
     def deflated(self) -> bool:
@@ -91,6 +102,7 @@ def stored(
     column_major: bool = False,
     stored_as: str = "",
     member: Member | None = None,
+    content: str = "",
 ) -> StoredArray:
     """Make a `StoredArray` of what a file says; the size is for the caller to check."""
     try:
@@ -108,6 +120,7 @@ def stored(
         nbytes,
         stored_as,
         member,
+        content,
     )
 
 
@@ -125,7 +138,8 @@ def find_arrays(file: OpenFile) -> list[StoredArray]:
         return [_raw(file)]
     if file.source.dtype is not None:
         raise InvalidArgument(
-            f"{file.path} tells its dtype and shape itself: give them for raw files only"
+            f"{file.path} tells its dtype and shape itself: give them for raw files only",
+            errno=errno.EINVAL,
         )
     reader = import_module(f"memdesc.files.{name}")  # zip archives take others' modules along
     arrays: list[StoredArray] = reader.find_arrays(file)

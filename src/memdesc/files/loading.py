@@ -89,7 +89,8 @@ def load(
     Parameters
     ----------
     files : path-like, FileSource, or several
-        Suffixes tell the format: .npy, .npz, .safetensors; all else is raw bytes.
+        Suffixes tell the format: .npy, .npz, .safetensors, .arrow, .arrows, .feather; all else
+        is raw bytes.
     pages : PageKind
         As of `BufferMemoryDescriptor`.
     wired : bool
@@ -226,6 +227,7 @@ def _entries(
                     array.nbytes,
                     path,
                     array.stored_as,
+                    array.content,
                 )
             )
         if len({array.name for array in arrays}) != len(arrays):

@@ -175,7 +175,8 @@ class FileServer:
             # An array without elements has a share too, of a byte that it does not use.
             part = SubMemoryDescriptor(loaded.descriptor, entry.offset, max(entry.nbytes, 1))
             order = "F" if entry.column_major else "C"
-            shares[entry.name] = part, {"shape": entry.shape, "dtype": entry.dtype, "order": order}
+            form: dict[str, Any] = {"shape": entry.shape, "dtype": entry.dtype, "order": order}
+            shares[entry.name] = part, {"content": entry.content} if entry.content else form
         old = self._loaded
         with self.service.together():
             for entry in old.entries if old is not None else ():

@@ -25,7 +25,8 @@ class FileSource:
     Parameters
     ----------
     path : path-like
-        A regular file. Its suffix tells the format: .npy, .npz, .safetensors; any other is raw.
+        A regular file. Its suffix tells the format: .npy, .npz, .safetensors, .arrow, .arrows,
+        .feather; any other is raw.
     name : str, optional
         Of its array: the file's name without the suffix by default. The arrays of a file that has
         several keep their names; with `name` each is called ``name.array``.

@@ -33,10 +33,10 @@ from memdesc.errors import InvalidArgument, ProtocolError, ShareNotFoundError
 from memdesc.mapping import Elements, LocalMemoryMap, elements_of, view_as_array
 from memdesc.portable import UNREADABLE, Natural
 from memdesc.services.protocol.basics import ALL as ALL, Name, Shape
-from memdesc.services.shared import SharedWith
+from memdesc.services.shared import SharedWith, mapped
+from memdesc.tables import ARROW
 
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
 
 TRAILER = struct.Struct("<Q8s")
@@ -65,6 +65,8 @@ class ArrayEntry(msgspec.Struct, frozen=True):
     stored_as : str
         What its file says that an element is, where NumPy has no dtype for that ("BF16"); `dtype`
         is then unsigned integers of the same size.
+    content : str
+        "arrow" where its bytes are an Arrow file, which is looked at as a table.
     """
 
     name: Name
@@ -75,6 +77,7 @@ class ArrayEntry(msgspec.Struct, frozen=True):
     nbytes: Natural
     file: Annotated[str, msgspec.Meta(max_length=1 << 16)] = ""
     stored_as: Name = ""
+    content: Name = ""
 
 
 class Catalogue(msgspec.Struct, frozen=True):
@@ -155,11 +158,12 @@ def _wrong(what: str) -> ProtocolError:
 
 
 @final
-class Arrays(Mapping[str, "np.ndarray[Any, Any]"]):
+class Arrays(Mapping[str, Any]):
     """Arrays of one version, by name: read-only, in place. Made by `Connection.arrays`.
 
     A mapping that never changes. Each array keeps the version's memory alive, as this does;
-    looking one up makes a view, and copies nothing.
+    looking one up makes a view, and copies nothing. Of an Arrow file that is a `pyarrow.Table`,
+    validated each time that it is looked up (`memdesc.interop.arrow.table`).
 
     Attributes
     ----------
@@ -195,9 +199,22 @@ class Arrays(Mapping[str, "np.ndarray[Any, Any]"]):
             )
         return found
 
-    def __getitem__(self, name: str) -> np.ndarray[Any, Any]:
-        """View an array; `ShareNotFoundError` (a KeyError) where there is none."""
+    def __getitem__(self, name: str) -> Any:
+        """View an array, or read a table.
+
+        Raises
+        ------
+        ShareNotFoundError
+            There is none; a KeyError too.
+        InvalidArgument, ModuleNotFoundError
+            Of tables, as of `memdesc.interop.arrow.table`.
+        """
         entry = self.entry(name)
+        if entry.content == ARROW:
+            from memdesc.tables.reading import table_in
+
+            part = memoryview(self._memory)[entry.offset : entry.offset + entry.nbytes]
+            return table_in(part.toreadonly(), self._memory)
         array = view_as_array(
             self._memory,
             self._memory.length,
@@ -222,17 +239,21 @@ class Arrays(Mapping[str, "np.ndarray[Any, Any]"]):
 class ArraysOf(SharedWith):
     """What a connection has of it."""
 
-    def __getitem__(self, name: str) -> np.ndarray[Any, Any]:
+    def __getitem__(self, name: str) -> Any:
         """Map what is shared under a name and view it as it was shared: ``map(name).array()``.
 
-        The array keeps the mapping alive; it outlives the connection. Waits up to 5 s until it is
-        shared. What was shared without a dtype comes as bytes.
+        Of an Arrow table (``share(content="arrow")``, ``memdesc serve trades.arrow``) it is a
+        `pyarrow.Table`, as of `memdesc.interop.arrow.table`. It keeps the mapping alive, and
+        outlives the connection. Waits up to 5 s until it is shared. What was shared without a
+        dtype comes as bytes.
 
         Raises
         ------
         ShareNotFoundError
             A KeyError too.
         MappingError, TimedOutError, PeerGoneError, ClosedError
+        SealedError, InvalidArgument, ModuleNotFoundError
+            Of tables, as of `memdesc.interop.arrow.table`; their bytes are had by `map`.
 
         Examples
         --------
@@ -242,7 +263,13 @@ class ArraysOf(SharedWith):
         ...     md.connect("camera")["frames"].shape
         (4, 4)
         """
-        return self.map(name).array()
+        descriptor, share = self._open(name, 5.0)
+        mapping = mapped(descriptor, share)
+        if share.content != ARROW:
+            return mapping.array()
+        from memdesc.tables.reading import table
+
+        return table(mapping)
 
     def arrays(self, name: str = ALL, timeout: float | None = 5.0) -> Arrays:
         """Map arrays that belong together: all of one version, whatever is shared a moment later.

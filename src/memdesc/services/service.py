@@ -19,6 +19,7 @@ from memdesc.services.streams import Streaming
 from memdesc.services.succession import Succeeded
 from memdesc.services.taking_over import Inheritance, inherit
 from memdesc.services.user_client import UserClient
+from memdesc.tables import ARROW
 from memdesc.vm.task import Task
 
 
@@ -125,6 +126,7 @@ class Service(Calling, Notifying, Queueing, Streaming, Sharing, Succeeded):
                     shape=share.shape,
                     dtype=share.dtype,
                     order="F" if share.column_major else "C",
+                    content=share.content if share.content == ARROW else "",
                 )
 
     def _new_client(self, sock: sockets.socket) -> UserClient:

@@ -189,7 +189,7 @@ class SharedWith(Link):
         ShareNotFoundError, MappingError, TimedOutError, PeerGoneError, ClosedError
         """
         descriptor, share = self._open(name, timeout)
-        return _mapped(
+        return mapped(
             descriptor,
             share,
             offset=offset,
@@ -209,7 +209,7 @@ class SharedWith(Link):
         with `prefault` touched, in the event loop itself.
         """
         descriptor, share = await self._open_async(name, timeout)
-        return _mapped(descriptor, share, **placement)
+        return mapped(descriptor, share, **placement)
 
     def _open(
         self, name: str, timeout: float | None
@@ -255,9 +255,10 @@ class SharedWith(Link):
         super()._answered(answer, fds, lost)
 
 
-def _mapped(
+def mapped(
     descriptor: ReceivedMemoryDescriptor, share: protocol.Share, **placement: Any
 ) -> LocalMemoryMap:
+    """Map what is shared, to be seen as it was shared."""
     mapping = descriptor.map(**placement)
     if share.dtype is not None and mapping.length == descriptor.length:
         mapping.layout = share.shape, share.dtype, "F" if share.column_major else "C"

@@ -12,6 +12,7 @@ from memdesc.descriptors.base import MemoryDescriptor, check_descriptor
 from memdesc.descriptors.buffer import BufferMemoryDescriptor
 from memdesc.errors import (
     ClosedError,
+    InvalidArgument,
     MemdescError,
     SealedError,
     ShareNotFoundError,
@@ -23,6 +24,7 @@ from memdesc.services import protocol
 from memdesc.services.accepting import Accepted, Accepting
 from memdesc.services.limits import Limits
 from memdesc.services.offers import Allow, Offers, allows, not_offered
+from memdesc.tables import ARROW
 from memdesc.vm.pages import Access
 from memdesc.vm.task import Task
 
@@ -46,6 +48,7 @@ class _Shared:
     shape: tuple[int, ...] | None
     dtype: str | None
     column_major: bool
+    content: str
     allow: Allow | None
 
     def described(self) -> protocol.Share:
@@ -58,6 +61,7 @@ class _Shared:
             self.dtype,
             self.allow is not None,
             self.column_major,
+            self.content,
         )
 
 
@@ -80,6 +84,7 @@ class Sharing(Accepting):
         shape: tuple[int, ...] | None = None,
         dtype: npt.DTypeLike | None = None,
         order: str = "C",
+        content: str = "",
         allow: Allow | None = None,
     ) -> None:
         """Let clients find a descriptor under a name. Replaces what was shared under it.
@@ -99,13 +104,17 @@ class Sharing(Accepting):
             long as the descriptor then is; a `shape` stays as it is when that grows.
         order : {"C", "F"}
             Whether the last or the first index varies fastest.
+        content : str
+            "arrow" where it is an Arrow stream or file, as of `memdesc.interop.arrow`: then
+            ``connection[name]`` is a table. Such memory is immutable.
         allow : callable, optional
             Further rule for this share: takes the client's Task.
 
         Raises
         ------
         SealedError
-            READ_WRITE memory can not be shared read-only and enforced; nor the other way round.
+            READ_WRITE memory can not be shared read-only and enforced; nor the other way round;
+            nor memory that can still be changed as a table (EPERM).
         MappingError
             No client could map it: PRIVATE_MEMORY, ZONE_MEMORY, NOT_MAPPED, ...
         RangeError, InvalidArgument
@@ -130,7 +139,11 @@ class Sharing(Accepting):
         if descriptor.length:  # now, to who can do something about it; a client would get it later
             descriptor._extents(0, descriptor.length, access)
         shape, kind = _check_layout(descriptor, shape, dtype, order)
-        shared = _Shared(name, descriptor, access, enforced, shape, kind, order == "F", allow)
+        _check_content(descriptor, content, kind)
+        column_major = order == "F"
+        shared = _Shared(
+            name, descriptor, access, enforced, shape, kind, column_major, content, allow
+        )
         with self._lock:
             self._check_open()
             self._shares[name] = shared
@@ -293,3 +306,21 @@ def _check_layout(
     check_order(order)
     fitting, _ = fit(shape, elements, elements.itemsize, descriptor.length)
     return None if shape is None else fitting, elements.dtype
+
+
+def _check_content(descriptor: MemoryDescriptor, content: str, dtype: str | None) -> None:
+    """Check that what is shared as a table can be read as one."""
+    if content not in ("", ARROW) or (content and dtype is not None):
+        raise InvalidArgument(
+            f"content is {str(content)[:80]!r}: give {ARROW!r}, without dtype and shape, or none",
+            errno=errno.EINVAL,
+        )
+    if not content or not descriptor.length:
+        return
+    extents = descriptor._extents(0, descriptor.length, Access.READ_ONLY)
+    if not all(extent.object.immutable for extent in extents):
+        raise SealedError(
+            f"{descriptor.name!r} can still be changed, so no client would read it as a table: "
+            "share what arrow.to_descriptor(...) gives, or its snapshot()",
+            errno=errno.EPERM,
+        )

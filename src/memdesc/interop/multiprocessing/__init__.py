@@ -31,6 +31,7 @@ from memdesc.handover import reducers, transit
 from memdesc.handover.reducers import Handle, HandleLostError as HandleLostError
 from memdesc.interop.arrays import Keeper, keeper_of, placed
 from memdesc.records import record
+from memdesc.tables.reading import when_imported
 from memdesc.vm.pages import Access, check_length
 
 if TYPE_CHECKING:
@@ -122,6 +123,8 @@ def install(*, access: Access = Access.READ_ONLY, plain: str = "copy") -> None:
         transit.ways.to_send()
     _settings = _Settings(access, plain, before)
     see_types()
+    if see_types not in when_imported:
+        when_imported.append(see_types)
     _refuse_plain(plain == "refuse")
 
 

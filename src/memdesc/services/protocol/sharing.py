@@ -14,7 +14,8 @@ class Share(msgspec.Struct, frozen=True):
     """What a service tells of one thing that it shares.
 
     `dtype` is NumPy's string for it; `ruled` says that the share has a rule of its own for who
-    may open it; `column_major` that the first index of the array varies fastest.
+    may open it; `column_major` that the first index of the array varies fastest; `content` what is
+    in it, where that is no array: "arrow", an Arrow stream or file.
     """
 
     name: Name
@@ -24,6 +25,7 @@ class Share(msgspec.Struct, frozen=True):
     dtype: Name | None = None
     ruled: bool = False
     column_major: bool = False
+    content: Name = ""
 
 
 class ListShares(msgspec.Struct, frozen=True, tag=True):

@@ -20,7 +20,8 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"memdesc {release}"
 
-autodoc_mock_imports = ["torch", "dask", "distributed"]  # too large, for their names
+# Too large to be installed for their names.
+autodoc_mock_imports = ["torch", "dask", "distributed", "prometheus_client"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_default_options = {"members": True, "show-inheritance": True}

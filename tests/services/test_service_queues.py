@@ -559,3 +559,31 @@ def test_a_killed_service_is_known_at_once() -> None:
             assert time.monotonic() - start < SOON / 2
             assert select.select([consumer.fileno()], [], [], SOON)[0]
         md.Service("gauge").close()  # sweeps what the killed one left
+
+
+def test_the_total_of_a_queue_never_falls(both: Both) -> None:
+    """Of a client that has gone too, and of what it left behind and is taken afterwards."""
+    service, _ = both
+    samples = service.queue("samples", capacity=SIZE)
+    commands = service.queue("commands", capacity=SIZE, direction=IN)
+    with Puppet() as one:
+        one.do("c = md.connect('gauge')")
+        one.do("samples, commands = c.queue('samples'), c.queue('commands')")
+        one.do("commands.enqueue_many([b'one', b'three'])")
+        assert samples.put(b"12") == 1
+        assert commands.get(SOON)[1] == b"one"
+        assert (samples.total().entries, samples.total().nbytes) == (1, 2)
+        assert (commands.total().entries, commands.total().nbytes) == (1, 3)
+        one.kill()
+    wait_until(lambda: samples.clients() == [] and commands.clients() == [])
+    assert (samples.total().entries, samples.total().nbytes) == (1, 2)
+    assert commands.total().entries == 1
+    assert commands.get(SOON)[1] == b"three"
+    assert (commands.total().entries, commands.total().nbytes) == (2, 8)
+    with pytest.raises(md.TimedOutError):
+        commands.get(0)
+    assert (commands.total().entries, commands.total().nbytes) == (2, 8)
+    samples.close()
+    commands.close()
+    assert (samples.total().entries, commands.total().entries) == (1, 2)
+    assert service.statistics().entries == 0  # of the queues that there are

@@ -37,6 +37,19 @@ def test_drop_newest_misses_the_newest() -> None:
         assert slow.missed == 5
 
 
+def test_what_a_subscriber_missed_is_counted_when_it_has_left() -> None:
+    with new() as stream:
+        slow, newest = subscribe(stream, depth=3), subscribe(stream, policy="drop_newest", depth=3)
+        publish(stream, *range(1, 9), timeout=0)
+        assert stream.statistics().dropped == 5 + 5
+        slow.close()
+        newest.close()
+        assert stream.statistics().subscribers == ()
+        assert stream.statistics().dropped == 10  # what they left untaken is nothing missed
+        publish(stream, 9)
+        assert stream.statistics().dropped == 10
+
+
 def test_disconnect_drops_it_and_leaves_it_what_it_holds() -> None:
     with new() as stream:
         reasons: list[str] = []

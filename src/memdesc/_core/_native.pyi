@@ -493,7 +493,7 @@ class StreamPool:
         """Slots that must be left for the subscribers, with one more of that kind."""
 
     def _counts(self) -> tuple[int, int, int, int, int, int]:
-        """published, discarded, bytes, free slots, loaned ones, the last sequence number."""
+        """published, discarded, dropped, bytes, free slots, loaned ones."""
 
 @final
 class LoanedSlot:

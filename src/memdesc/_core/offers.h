@@ -108,7 +108,7 @@ struct md_pool {
     struct md_line **lines;
     uint32_t line_count;
     uint32_t events; /* lines that ended since somebody looked */
-    uint64_t published, discarded, nbytes;
+    uint64_t published, discarded, nbytes, dropped; /* dropped: of all lines that there ever were */
 };
 
 static inline int md_pool_begin(struct md_pool *pool, unsigned char *headers, size_t header_size,
@@ -206,7 +206,6 @@ static inline int md_line_revoke(struct md_pool *pool, struct md_line *line) {
     if (atomic_compare_exchange_strong(&line->shared->read, &read, line->read + 1)) {
         md_pool_unuse(pool, line->offered[line->read % line->depth].slot);
         line->read++;
-        line->dropped++;
         return 1;
     }
     read = line->read;
@@ -281,6 +280,16 @@ static inline void md_line_put(struct md_pool *pool, struct md_line *line, uint3
     atomic_store_explicit(&line->shared->written, line->written, memory_order_release);
 }
 
+/* Take the oldest offer back of who is too slow; as md_line_revoke. */
+static inline int md_line_drop_oldest(struct md_pool *pool, struct md_line *line) {
+    int rc = md_line_revoke(pool, line);
+    if (rc > 0) {
+        line->dropped++;
+        pool->dropped++;
+    }
+    return rc;
+}
+
 /* Have room for an offer, as the line's policy says: 1, or 0 where it gets none. */
 static inline int md_line_make_room(struct md_pool *pool, struct md_line *line) {
     while (line->state == MD_LINE_OPEN && line->written - line->read == line->depth) {
@@ -293,8 +302,9 @@ static inline int md_line_make_room(struct md_pool *pool, struct md_line *line) 
             md_line_end(pool, line, MD_ENDED_SLOW, 1);
         } else if (line->policy != MD_DROP_OLDEST) {
             line->dropped++; /* MD_BLOCK: never, as a loan waits for room */
+            pool->dropped++;
             return 0;
-        } else if (md_line_revoke(pool, line) < 0) {
+        } else if (md_line_drop_oldest(pool, line) < 0) {
             md_line_end(pool, line, MD_ENDED_BROKEN, 0);
         }
     }
@@ -357,7 +367,7 @@ static inline int md_pool_reclaim(struct md_pool *pool) {
     }
     if (oldest == NULL)
         return -ENOBUFS; /* never, by what is reserved for each line */
-    if (md_line_revoke(pool, oldest) < 0)
+    if (md_line_drop_oldest(pool, oldest) < 0)
         md_line_end(pool, oldest, MD_ENDED_BROKEN, 0);
     return 0;
 }

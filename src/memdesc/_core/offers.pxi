@@ -63,6 +63,7 @@ cdef extern from "offers.h" nogil:
         uint64_t published
         uint64_t discarded
         uint64_t nbytes
+        uint64_t dropped
     struct md_taker:
         md_offers *shared
         md_cell *cells

@@ -240,9 +240,9 @@ cdef class StreamPool:
         return md_pool_reserved(&self.pool, policy, depth, loans)
 
     def _counts(self):
-        """published, discarded, bytes, free slots, loaned ones, the last sequence number."""
-        return (self.pool.published, self.pool.discarded, self.pool.nbytes, self.pool.free_count,
-                self.pool.loans, self.pool.sequence)
+        """published, discarded, dropped, bytes, free slots, loaned ones."""
+        return (self.pool.published, self.pool.discarded, self.pool.dropped, self.pool.nbytes,
+                self.pool.free_count, self.pool.loans)
 
     def __reduce__(self):
         raise TypeError("a stream can not be pickled: it is of its process alone")

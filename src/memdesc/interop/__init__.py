@@ -4,6 +4,7 @@
 * `arrow`             Arrow tables, read in place by any process
 * `dask`              such arrays, and descriptors, between Dask workers of one host
 * `multiprocessing`   such arrays as handles through Process, Queue, Pipe and Pool
+* `prometheus`        metrics of services, and of what the process holds
 * `shared_memory`     the interface of `multiprocessing.shared_memory`
 * `torch`             tensors, and batches that workers write where a GPU reads them
 """
@@ -18,10 +19,11 @@ if TYPE_CHECKING:
     import memdesc.interop.arrow as arrow
     import memdesc.interop.dask as dask
     import memdesc.interop.multiprocessing as multiprocessing
+    import memdesc.interop.prometheus as prometheus
     import memdesc.interop.shared_memory as shared_memory
     import memdesc.interop.torch as torch
 
-__all__ = ["arrays", "arrow", "dask", "multiprocessing", "shared_memory", "torch"]
+__all__ = ["arrays", "arrow", "dask", "multiprocessing", "prometheus", "shared_memory", "torch"]
 
 
 def _load(name: str) -> object:

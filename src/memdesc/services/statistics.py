@@ -23,7 +23,7 @@ class ServiceStatistics:
     calls, calls_in_flight : int
         Of its methods: ever, and now.
     entries, entry_bytes : int
-        Through the queues that are open now.
+        Through the queues that there are now, of clients that have gone too.
     slots, slot_bytes : int
         Published by its streams.
     mappings : int
@@ -75,7 +75,7 @@ class PeerStatistics:
 def statistics_of(service: Service) -> ServiceStatistics:
     """Count what a service has and did; waits for no client."""
     queues, streams, clients = service.queues(), service.streams(), service.clients()
-    put = [end for queue in queues.values() for end in queue.statistics().values()]
+    put = [queue.total() for queue in queues.values()]
     published = [stream.statistics() for stream in streams.values()]
     return ServiceStatistics(
         clients=len(clients),

@@ -401,10 +401,11 @@ class Stream(_core.StreamPool):
     def statistics(self) -> StreamStatistics:
         """Tell what the stream did, and who has its slots now."""
         self.look()
-        published, discarded, nbytes, free, loaned, _ = self._counts()
+        published, discarded, dropped, nbytes, free, loaned = self._counts()
         return StreamStatistics(
             published,
             discarded,
+            dropped,
             nbytes,
             free,
             loaned,

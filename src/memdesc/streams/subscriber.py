@@ -90,6 +90,8 @@ class StreamStatistics:
     ----------
     published, discarded : int
         Slots.
+    dropped : int
+        Slots that a subscriber missed, since it was too slow: of all that there ever were.
     nbytes : int
         Published.
     free, loaned : int
@@ -101,6 +103,7 @@ class StreamStatistics:
 
     published: int
     discarded: int
+    dropped: int
     nbytes: int
     free: int
     loaned: int

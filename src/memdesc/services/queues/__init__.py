@@ -6,7 +6,8 @@
 * `parts`: what a service, its user clients and a connection have of it
 """
 
+from memdesc.services.queues.books import QueueTotal
 from memdesc.services.queues.consumers import ClientConsumers
 from memdesc.services.queues.producers import ClientProducers, PutStatistics
 
-__all__ = ["ClientConsumers", "ClientProducers", "PutStatistics"]
+__all__ = ["ClientConsumers", "ClientProducers", "PutStatistics", "QueueTotal"]

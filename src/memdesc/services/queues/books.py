@@ -84,6 +84,29 @@ class Slot(Generic[_End]):
         return any(events & select.POLLHUP for _, events in poll.poll(0))
 
 
+@record
+class QueueTotal:
+    """What went through the queues of all clients, those that have gone too: it never falls.
+
+    Attributes
+    ----------
+    entries, nbytes : int
+    dropped : int
+        Entries that found no room; of a queue of direction OUT.
+    """
+
+    entries: int = 0
+    nbytes: int = 0
+    dropped: int = 0
+
+    def with_(self, slot: Slot[_End]) -> QueueTotal:
+        """Add what went through one."""
+        done = slot.end.statistics()
+        return QueueTotal(
+            self.entries + done.entries, self.nbytes + done.nbytes, self.dropped + slot.dropped
+        )
+
+
 class ClientQueues(Generic[_End]):
     """Base of `ClientProducers` and `ClientConsumers`; made by `Service.queue`."""
 
@@ -101,6 +124,8 @@ class ClientQueues(Generic[_End]):
         self._errands: Errands = service._errands
         self._changed = Condition()  # its lock is that of the books, held for moments
         self._slots: dict[Accepted, Slot[_End]] = {}
+        self._counted: list[Slot[_End]] = []  # those that are in the books or drained still
+        self._past = QueueTotal()  # of the others
         self._unseen: deque[Accepted] = deque()
         self._closed: bool = False
         self._inherited: bool = False
@@ -155,6 +180,14 @@ class ClientQueues(Generic[_End]):
             f"no client opened queue {self.name!r} within {timeout} s", errno=errno.ETIMEDOUT
         )
 
+    def total(self) -> QueueTotal:
+        """Tell what went through it since it was made, whoever has gone since."""
+        with self._changed:
+            total, counted = self._past, list(self._counted)
+        for slot in counted:
+            total = total.with_(slot)
+        return total
+
     def close(self) -> None:
         """End every client's queue and give up the name. Again is a no-op.
 
@@ -172,6 +205,7 @@ class ClientQueues(Generic[_End]):
         if service is not None:
             service._forget_queue(self)
         for slot in slots:
+            self._count_off(slot)
             self._left(slot)
             slot.end.close()
             slot.memory.close()
@@ -236,6 +270,7 @@ class ClientQueues(Generic[_End]):
             if self._closed:
                 raise ShareNotFoundError(f"queue {self.name!r} was closed", errno=errno.ENOENT)
             self._slots[client] = slot
+            self._counted.append(slot)
             self._unseen.append(client)
             self._changed.notify_all()
             self._entered(slot)
@@ -257,8 +292,8 @@ class ClientQueues(Generic[_End]):
         slot.over = True
         self._strike(slot)
         slot.end.peer_gone()
+        self._count_off(slot)
         self._left(slot)
-
         try:
             self._errands.add(lambda: self._free(slot))  # pages by the thousand: milliseconds
         except AllocationError:
@@ -266,6 +301,13 @@ class ClientQueues(Generic[_End]):
 
     def _free(self, slot: Slot[_End]) -> None:
         slot.memory.close()  # the rest goes with the end, whoever has it
+
+    def _count_off(self, slot: Slot[_End]) -> None:
+        """Keep what went through a client's queue that ends."""
+        with self._changed:
+            if slot in self._counted:
+                self._counted.remove(slot)
+                self._past = self._past.with_(slot)
 
     def _strike(self, slot: Slot[_End]) -> None:
         with self._changed:
@@ -301,4 +343,5 @@ class ClientQueues(Generic[_End]):
         self._changed = Condition()
         self._closed = self._inherited = True
         self._slots.clear()
+        self._counted.clear()
         self._unseen.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -405,6 +406,35 @@ def test_memory_beside_calls_is_bounded(remote: Callable[..., Any]) -> None:
             connection.call("length", bytes(110_000))
         assert caught.value.errno == errno.EDQUOT
         assert connection.call("length", bytes(90_000)) == 90_000
+
+
+def test_arguments_in_messages_count_as_those_beside_them() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    with (
+        md.Service("counted", limits=md.Limits(call_bytes=5000)) as service,
+        md.connect("counted") as client,
+    ):
+
+        @service.method
+        def hold(x: bytes) -> int:
+            begun.set()
+            go_on.wait(60)
+            return len(x)
+
+        @service.method
+        def length(x: bytes) -> int:
+            return len(x)
+
+        pending = client.begin("hold", bytes(3000))
+        begun.wait(60)
+        assert client.call("length", bytes(1000)) == 1000
+        for large in (3000, 50_000):  # in the message; beside it
+            with pytest.raises(md.LimitError, match="call_bytes") as caught:
+                client.call("length", bytes(large))
+            assert caught.value.errno == errno.EDQUOT
+        go_on.set()
+        assert pending.result(60) == 3000
+        assert client.call("length", bytes(3000)) == 3000  # it counts until it is answered
 
 
 def test_too_many_blocks_of_one_call_are_refused_here(

@@ -33,7 +33,8 @@ class Limits:
     calls : int
         Of a service: calls that a client may have in flight; more are refused at once.
     call_bytes : int, optional
-        Of a service: bytes of memory beside these. None: the machine's memory.
+        Of a service: bytes of the arguments of these, those that came in the messages (at most
+        128 KiB each) and those in memory beside them. None: the machine's memory.
     queue_bytes : int
         Of a service: bytes of the queues that a client may have open together.
     wired_bytes : int

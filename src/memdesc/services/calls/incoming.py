@@ -32,6 +32,7 @@ from memdesc.services.protocol.calls import (
     EXT_VIEW,
     MAX_RECORD,
     ArrayForm,
+    Call,
     Given,
     Lent,
 )
@@ -53,11 +54,11 @@ def count_files(memory: Sequence[Given | Lent]) -> int:
     return sum(one.files for one in memory if isinstance(one, Given))
 
 
-def count_bytes(memory: Sequence[Given | Lent]) -> int:
-    """Tell how many bytes it is said to have."""
-    return sum(
+def count_bytes(call: Call) -> int:
+    """Tell how many bytes of arguments a call has: in its message, and beside it as it says."""
+    return len(call.arguments) + sum(
         one.length if isinstance(one, Lent) else sum(length for _, _, length in one.portable.pieces)
-        for one in memory
+        for one in call.memory
     )
 
 

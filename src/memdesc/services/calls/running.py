@@ -68,7 +68,7 @@ class Running:
     ) -> None:
         self.call = call
         self.files = len(fds)
-        self.nbytes = count_bytes(call.memory)
+        self.nbytes = count_bytes(call)
         self.cancelled = False
         self.task: AsyncTask[Any] | None = None
         self._client = client

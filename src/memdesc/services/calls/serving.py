@@ -250,17 +250,17 @@ class CallingClient(Accepted):
                 "limits=Limits(calls=…)",
                 errno=errno.EDQUOT,
             )
-        if not call.memory:
-            return
-        nbytes = count_bytes(call.memory) + sum(one.nbytes for one in others)
+        nbytes = count_bytes(call) + sum(one.nbytes for one in others)
         room = _physical if self.limits.call_bytes is None else self.limits.call_bytes
         if nbytes > room:
             raise LimitError(
                 f"the calls of task {self.task.pid} that are in flight would have {nbytes:,} "
-                f"bytes beside them, of {room:,} that one connection may have: send less at a "
+                f"bytes of arguments, of {room:,} that one connection may have: send less at a "
                 "time, or let the service say limits=Limits(call_bytes=…)",
                 errno=errno.EDQUOT,
             )
+        if not call.memory:
+            return
         ranges = count_ranges(call.memory) + sum(count_ranges(one.call.memory) for one in others)
         if ranges > MAX_PIECES:
             raise LimitError(

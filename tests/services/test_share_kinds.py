@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -124,3 +126,27 @@ def test_nothing_is_sealed_before_a_client_comes(both):
         assert buffer.memory.lifecycle.state is before
         connection.map("it").unmap()
         assert buffer.memory.lifecycle.state is not before
+
+
+def test_what_no_client_would_take_is_refused_to_who_shares_it(both):
+    service, connection = both
+    anonymous = mmap.mmap(-1, PAGE)  # shared, but who has it could shorten it
+    view = md.MemoryDescriptor.with_buffer(anonymous, md.Direction.OUT_IN)
+    for enforced in (True, False):
+        with pytest.raises(md.MappingError) as caught:
+            service.share("it", view, enforced=enforced)
+        assert caught.value.reason is md.MappingReason.CAN_SHRINK
+        assert caught.value.errno == errno.EPERM
+    part = filled(md.Access.READ_WRITE)
+    mixed = md.MultiMemoryDescriptor([filled(), part])  # read-only at most, which one part is not
+    with pytest.raises(md.SealedError) as refused:
+        service.share("it", mixed)
+    assert refused.value.errno == errno.EPERM
+    assert part.statistics().state.value == "private"  # it was only asked
+    assert service.shares() == []
+    service.share("it", mixed, enforced=False)
+    assert bytes(connection.map("it")) == DATA + DATA
+    closed = filled()
+    closed.close()
+    with pytest.raises(md.ClosedError):
+        service.share("it", closed)

@@ -14,6 +14,7 @@ from memdesc.handover import reducers as reducers
 from memdesc.handover.forms import (
     MAX_OBJECTS as MAX_OBJECTS,
     MAX_PIECES as MAX_PIECES,
+    check_giving as check_giving,
     give as give,
     pack as pack,
     portable_type as portable_type,

@@ -88,6 +88,12 @@ def give(
     return pieces, fds
 
 
+def check_giving(extents: Sequence[Extent], access: Access, *, enforced: bool) -> None:
+    """Raise what giving them would, or whoever is given them; nothing is granted yet."""
+    for extent in extents:
+        extent.object.check_grant(access, enforced=enforced)
+
+
 def take(
     pieces: Sequence[tuple[int, int, int]], fds: Sequence[int], access: Access
 ) -> list[Extent]:

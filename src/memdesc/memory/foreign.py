@@ -134,6 +134,17 @@ class ForeignObject:
 
     def grant(self, access: Access, *, enforced: bool = True, user: int) -> int:
         """Pass it on with at most the rights that we have."""
+        self._check_enforced(access, enforced=enforced)
+        return self.open(access)
+
+    def check_grant(self, access: Access, *, enforced: bool = True) -> None:
+        """Raise what `grant` would, or any task that it is given to: none trusts its size."""
+        self._check_enforced(access, enforced=enforced)
+        if self._seals < 0:
+            raise self._can_shrink("is not a memfd")
+        self._check_size_is_sealed()
+
+    def _check_enforced(self, access: Access, *, enforced: bool) -> None:
         if access is Access.READ_ONLY and enforced and not self._sealed_against_writing():
             raise MappingError(
                 "the memory is writable for whoever holds it, so it can not be passed on "
@@ -141,7 +152,6 @@ class ForeignObject:
                 reason=MappingReason.NOT_ENFORCED,
                 errno=errno.EPERM,
             )
-        return self.open(access)
 
     def close(self) -> None:
         """Let go of our descriptor. Mappings keep the pages."""

@@ -70,6 +70,9 @@ class MemoryObject(Protocol):
     def grant(self, access: Access, *, enforced: bool, user: int) -> int:
         """Give a descriptor to be sent to another task; the caller closes it."""
 
+    def check_grant(self, access: Access, *, enforced: bool) -> None:
+        """Raise what `grant` would, or each task that was given it; nothing is granted."""
+
     def close(self) -> None:
         """Let go of the descriptor; mappings keep the pages."""
 
@@ -253,6 +256,13 @@ class OwnedObject:
                 raise
             life.granted(state, user)
         return fd
+
+    def check_grant(self, access: Access, *, enforced: bool = True) -> None:
+        """Raise what `grant` would; nothing is sealed."""
+        with self._lock:
+            life = self.lifecycle
+            if life.state is not State.DETACHED:  # it is moved first
+                life.grant(access, enforced=enforced, name=self.name)
 
     def _seal(self, seals: int) -> None:
         missing = seals & ~self.seals()

@@ -17,7 +17,7 @@ from memdesc.errors import (
     SealedError,
     ShareNotFoundError,
 )
-from memdesc.handover import pack
+from memdesc.handover import check_giving, pack
 from memdesc.mapping import check_order, elements_of, fit
 from memdesc.records import record
 from memdesc.services import protocol
@@ -116,9 +116,18 @@ class Sharing(Accepting):
             READ_WRITE memory can not be shared read-only and enforced; nor the other way round;
             nor memory that can still be changed as a table (EPERM).
         MappingError
-            No client could map it: PRIVATE_MEMORY, ZONE_MEMORY, NOT_MAPPED, ...
+            No client could map it: PRIVATE_MEMORY, ZONE_MEMORY, NOT_MAPPED, ...; CAN_SHRINK:
+            memory whose size is not sealed (an anonymous mmap of this task, a file).
+        ClosedError
+            The descriptor, or the service, was closed. A descriptor that is closed later stays
+            listed, and clients that open it get this error: `unshare` it first.
         RangeError, InvalidArgument
             The array does not fit, or can not travel.
+
+        Notes
+        -----
+        Several descriptors as one that do not meet at page borders can be shared, but be mapped in
+        parts only, by clients as here (NOT_CONGRUENT).
         """
         protocol.check_name(name)
         check_descriptor(descriptor, "what is shared")
@@ -137,7 +146,8 @@ class Sharing(Accepting):
                 errno=errno.EACCES,
             )
         if descriptor.length:  # now, to who can do something about it; a client would get it later
-            descriptor._extents(0, descriptor.length, access)
+            extents = descriptor._extents(0, descriptor.length, access)
+            check_giving(extents, access, enforced=enforced)
         shape, kind = _check_layout(descriptor, shape, dtype, order)
         _check_content(descriptor, content, kind)
         column_major = order == "F"

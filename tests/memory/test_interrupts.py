@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import gc
+import os
 import subprocess
 import sys
 import threading
@@ -15,6 +18,7 @@ from recycling import KIB, fresh_recycler, statistics
 
 from memdesc import BufferMemoryDescriptor, recycler
 from memdesc.memory import recycler as room
+from memdesc.memory.foreign import ForeignObject
 from memdesc.memory.lease import held_by_others
 from memdesc.vm.pages import Access
 
@@ -85,6 +89,28 @@ def test_no_lease_is_left_behind() -> None:
                 assert mapping.length == SIZE
             strikes += 1
         assert strikes >= 3
+
+
+def test_memory_that_comes_is_let_go_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for an interrupt at the very head of its constructor: then nobody has taken it yet."""
+    told: list[BaseException | None] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda it: told.append(it.exc_value))
+    made: list[int] = []
+    whole: list[ForeignObject] = []  # so that the finalizer, which none survives, is not struck
+
+    def prepare() -> Callable[[], object]:
+        made.append(os.memfd_create("came", os.MFD_ALLOW_SEALING))
+        fcntl.fcntl(made[-1], fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+        return lambda: whole.append(ForeignObject(made[-1], Access.READ_ONLY))
+
+    left = []
+    for number in interrupted(prepare):
+        whole.clear()
+        with contextlib.suppress(OSError):
+            os.close(made[-1])
+            left.append(number)
+    assert left == [1] and len(made) > 5
+    assert told == []
 
 
 FORK = """

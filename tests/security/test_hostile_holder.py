@@ -8,6 +8,7 @@ import errno
 import mmap
 import os
 import resource
+import select
 import signal
 import socket
 import threading
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from children import NOBODY, become, in_child, kill, start
+from children import NOBODY, become, die_with_parent, in_child, kill, start
 from puppets import count_fds, end_holder, wait_until
 
 import memdesc as md
@@ -217,7 +218,7 @@ def test_a_stopped_holder_holds_up_none_but_those_who_want_it() -> None:
         signal.pause()
 
     pid = start(keep)
-    assert os.read(ready, 1) == b"!"
+    assert heard(ready) == b"!"
     os.kill(pid, signal.SIGSTOP)
     os.waitpid(pid, os.WUNTRACED)
     waiting, errors = filled(address), []
@@ -266,6 +267,12 @@ def test_a_way_is_not_closed_under_the_thread_that_asks_there() -> None:
         link.close()
 
 
+def heard(fd: int) -> bytes:
+    """What a child tells, if it does."""
+    assert select.select([fd], [], [], 60)[0]
+    return os.read(fd, 1)
+
+
 def knocks(address: bytes) -> int:
     """How often a stranger is hung up before nobody looks at him."""
     for count in range(10_000):
@@ -289,23 +296,26 @@ def test_strangers_are_looked_at_now_and_then(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.slow
 def test_own_processes_get_in_beside_strangers_who_knock_without_end() -> None:
+    in_child(lambda: None, before=lambda: become(STRANGER))  # or skip
     keeps = holder()
     ready, told = os.pipe()
 
     def knock() -> None:
         become(STRANGER)
+        die_with_parent()
         os.write(told, b"!")
         while True:
             with contextlib.suppress(OSError):
                 stranger(keeps.address).close()
 
-    in_child(lambda: None, before=lambda: become(STRANGER))  # or skip
     pids = [start(knock) for _ in range(2)]
-    assert len(os.read(ready, 1) + os.read(ready, 1)) == 2
-    assert [in_child(lambda: counted(keeps.address)) for _ in range(2)] == [(0, 0, 0)] * 2
-    for pid in pids:
-        kill(pid)
-    os.close(ready), os.close(told)
+    try:
+        assert heard(ready) + heard(ready) == b"!!"
+        assert [in_child(lambda: counted(keeps.address)) for _ in range(2)] == [(0, 0, 0)] * 2
+    finally:
+        for pid in pids:
+            kill(pid)
+        os.close(ready), os.close(told)
 
 
 def test_who_has_no_number_in_a_user_namespace_is_no_user_of_it() -> None:
@@ -334,7 +344,7 @@ def test_who_has_no_number_in_a_user_namespace_is_no_user_of_it() -> None:
 
     pid = start(keep)
     try:
-        if os.read(ready, 1) == b"n":
+        if heard(ready) == b"n":
             pytest.skip("this user can make no user namespace")
         try:
             for table in ("uid_map", "gid_map"):
@@ -342,7 +352,7 @@ def test_who_has_no_number_in_a_user_namespace_is_no_user_of_it() -> None:
         except PermissionError as error:
             pytest.skip(f"this user can give another one no number there: {error}")
         os.write(gone, b"!")
-        assert os.read(ready, 1) == b"!"
+        assert heard(ready) == b"!"
         assert in_child(knock, before=lambda: become(STRANGER)) == b""
     finally:
         kill(pid)

@@ -38,10 +38,12 @@ class ForeignObject:
         CAN_SHRINK: not sealed against it (EPERM). ACCESS: the descriptor can not be mapped.
     """
 
+    _fd = -1
+
     def __init__(self, fd: int, max_access: Access, *, trust_size: bool = False) -> None:
         self._fd = fd
-        self._lock = lock_for(self)
         try:
+            self._lock = lock_for(self)
             mode = fcntl.fcntl(fd, fcntl.F_GETFL)
             _check_readable(mode)
             self._seals = _seals_of(fd)
@@ -155,7 +157,8 @@ class ForeignObject:
 
     def close(self) -> None:
         """Let go of our descriptor. Mappings keep the pages."""
-        close_object(self)
+        if self._fd >= 0:  # else there may be no lock either: an interrupt came first
+            close_object(self)
 
     def __del__(self) -> None:
         self.close()

@@ -30,6 +30,7 @@ from test_hostile_tables import frozen, mutated  # noqa: E402
 import memdesc as md  # noqa: E402
 from memdesc.interop import arrow, multiprocessing as handles  # noqa: E402
 from memdesc.services import sharing  # noqa: E402
+from memdesc.services.arrays import ArrayEntry, encode  # noqa: E402
 from memdesc.tables.messages import NotArrow, check_stream  # noqa: E402
 
 TRADES = {"price": [99.5, None, 101.0], "symbol": ["A", "B", None]}
@@ -317,6 +318,40 @@ def test_a_service_that_lies_of_its_content_is_seen_through(
             connection["junk"]
         assert invalid.value.errno == errno.EBADMSG
         assert connection["unknown"].tobytes() == b"of a later version"
+
+
+def test_a_catalogue_that_lies_of_its_content_is_seen_through() -> None:
+    data = stream_of(pa.table(TRADES))
+    entries = [
+        ArrayEntry("whole", "u1", (len(data),), False, 0, len(data), content="arrow"),
+        ArrayEntry("part", "u1", (9,), False, 8, 9, content="arrow"),
+        ArrayEntry("nothing", "u1", (0,), False, 0, 0, content="arrow"),
+        ArrayEntry("unknown", "<u2", (2,), False, 0, 4, content="parquet"),
+    ]
+    end = encode(1, entries)
+    buffer = md.BufferMemoryDescriptor(len(data) + len(end))
+    buffer.write_bytes(0, data + end)
+    with md.Service("market") as market, md.connect("market") as connection:
+        market.share("open", buffer)
+        market.share("frozen", buffer.snapshot())
+        with pytest.raises(md.SealedError) as no:
+            connection.arrays("open")["whole"]
+        assert no.value.errno == errno.EPERM
+        arrays = connection.arrays("frozen")
+        assert arrays["whole"].to_pydict() == TRADES
+        for name in ("part", "nothing"):
+            with pytest.raises(md.InvalidArgument) as invalid:
+                arrays[name]
+            assert invalid.value.errno == errno.EBADMSG
+        assert arrays["unknown"].shape == (2,)
+
+
+def test_those_who_look_after_it_are_told() -> None:
+    with md.Service("market") as market:
+        market.share("trades", arrow.to_descriptor(TRADES), content="arrow")
+        command = [*SERVE[:-2], "ls", "--json", "market"]
+        done = subprocess.run(command, capture_output=True, timeout=60, check=True)
+        assert b'"content": "arrow"' in done.stdout
 
 
 @pytest.mark.slow

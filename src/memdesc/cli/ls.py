@@ -82,6 +82,7 @@ def _buffer(item: object) -> dict[str, Any] | None:
     """Tell what of a service is memory; None for what is none."""
     if isinstance(item, protocol.ShareItem):
         extra = {"enforced": item.enforced, "ruled": item.ruled} | _form(item)
+        extra["content"] = item.content or None
         return _described("share", item.name, item.nbytes, item.writable, item.objects, extra)
     if isinstance(item, protocol.StreamItem):
         extra = {"slots": item.slots, "published": item.published} | _form(item)

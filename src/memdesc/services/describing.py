@@ -123,6 +123,7 @@ def _share_item(shared: _Shared) -> Item:
         shared.shape,
         shared.dtype,
         _objects(shared.descriptor),
+        shared.content,
     )
 
 

@@ -38,6 +38,7 @@ class ShareItem(msgspec.Struct, frozen=True, tag=True):
     shape: Shape | None = None
     dtype: Name | None = None
     objects: Objects = ()
+    content: Name = ""
 
 
 class QueueItem(msgspec.Struct, frozen=True, tag=True):

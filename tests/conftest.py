@@ -26,6 +26,7 @@ pytest.register_assert_rewrite(
 )
 
 _failed = pytest.StashKey[bool]()
+_any_phase_failed = pytest.StashKey[bool]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -43,7 +44,23 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     report = yield
     if report.when == "call":
         item.stash[_failed] = report.failed
+    if report.failed:
+        item.stash[_any_phase_failed] = True
     return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
+    """Have one failure be one: what a traceback holds goes before the next test, not in its midst.
+
+    Else descriptors, mappings and threads that the next one counts would end while it does.
+    """
+    result = yield
+    if item.stash.get(_any_phase_failed, False):
+        for name in ("last_exc", "last_type", "last_value", "last_traceback"):  # pytest's
+            vars(sys).pop(name, None)
+        gc.collect()
+    return result
 
 
 @pytest.fixture(autouse=True, scope="module")

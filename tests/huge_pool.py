@@ -9,6 +9,8 @@ from __future__ import annotations
 import fcntl
 import functools
 import os
+import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,12 @@ import pytest
 from memdesc.memory.page_kinds import meminfo
 
 POOL = Path("/proc/sys/vm/nr_hugepages")
+TURN = POOL.with_name("nr_overcommit_hugepages")
+"""Its lock is had by who is next: else those who share the pool would come before who wants it
+alone for ever, as among them somebody always has it."""
+
+PATIENCE = 60
+"""Seconds: half of what a test may take."""
 
 
 def free_pages() -> int:
@@ -27,23 +35,43 @@ def free_pages() -> int:
 
 
 @functools.cache
-def _lock_file() -> int:
-    return os.open(POOL, os.O_RDONLY | os.O_CLOEXEC)  # never closed: it goes with the process
+def _locks() -> tuple[int, int]:
+    """The pool, and the turn; never closed: they go with the process."""
+    return os.open(POOL, os.O_RDONLY | os.O_CLOEXEC), os.open(TURN, os.O_RDONLY | os.O_CLOEXEC)
 
 
 @contextmanager
 def pool_as_it_is() -> Iterator[None]:
     """No other test changes the pool meanwhile; around every test."""
     try:
-        fd = _lock_file()
+        pool, turn = _locks()
     except OSError:  # no pool on this system, so none to be changed
         yield
         return
-    fcntl.flock(fd, fcntl.LOCK_SH)
+    fcntl.flock(turn, fcntl.LOCK_EX)
+    fcntl.flock(pool, fcntl.LOCK_SH)
+    fcntl.flock(turn, fcntl.LOCK_UN)
     try:
         yield
     finally:
-        fcntl.flock(fd, fcntl.LOCK_UN)
+        fcntl.flock(pool, fcntl.LOCK_UN)
+
+
+def _have_alone(pool: int, turn: int) -> None:
+    fcntl.flock(pool, fcntl.LOCK_UN)  # before it waits: who is next waits for it
+    fcntl.flock(turn, fcntl.LOCK_EX)
+    try:
+        until = time.monotonic() + PATIENCE
+        while True:
+            try:
+                fcntl.flock(pool, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    pytest.skip(f"other tests have held on to the pool for {PATIENCE} s")
+            time.sleep(0.005)
+    finally:
+        fcntl.flock(turn, fcntl.LOCK_UN)
 
 
 @contextmanager
@@ -51,22 +79,38 @@ def huge_pages(count: int) -> Iterator[None]:
     """Have that many huge pages free, or skip with the reason."""
     if not POOL.exists():
         pytest.skip("this kernel has no pool of huge pages")
-    fcntl.flock(_lock_file(), fcntl.LOCK_EX)
+    pool, turn = _locks()
     try:
+        _have_alone(pool, turn)
         missing = count - free_pages()
         if missing <= 0:
             yield
             return
-        before = int(POOL.read_text())
-        try:
-            POOL.write_text(str(before + missing))
-        except OSError as error:
-            pytest.skip(f"{missing} more huge pages are needed, and {POOL} says {error.strerror}")
-        try:
+        with _filled(missing, pool):
             if free_pages() < count:
                 pytest.skip(f"the kernel found only {free_pages()} of {count} huge pages")
             yield
-        finally:
-            POOL.write_text(str(before))
     finally:
-        fcntl.flock(_lock_file(), fcntl.LOCK_SH)
+        fcntl.flock(pool, fcntl.LOCK_SH)
+
+
+@contextmanager
+def _filled(missing: int, pool: int) -> Iterator[None]:
+    """Add pages to the pool. A child puts it back, whatever becomes of this process meanwhile.
+
+    It has the lock until then, too.
+    """
+    before = POOL.read_text().strip()
+    try:
+        POOL.write_text(before)
+    except OSError as error:
+        pytest.skip(f"{missing} more huge pages are needed, and {POOL} says {error.strerror}")
+    command = ["sh", "-c", f"read _; echo {before} > {POOL}"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[pool]) as child:
+        assert child.stdin is not None
+        try:
+            POOL.write_text(str(int(before) + missing))
+            yield
+        finally:
+            child.stdin.close()
+            child.wait()

@@ -509,13 +509,19 @@ def test_a_signal_interrupts_a_waiting_call(held: Any, client: md.Connection) ->
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
+    def send() -> None:
+        wait_until(lambda: held.begun)
+        signal.pthread_kill(main, signal.SIGALRM)
+
+    main = threading.get_ident()
+    thread = threading.Thread(target=send)
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
         with pytest.raises(KeyboardInterrupt):
+            thread.start()
             client.call("sleep", timeout=None)
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        thread.join()
         signal.signal(signal.SIGALRM, before)
     wait_until(lambda: held.ended == ["cancelled"])
 

@@ -198,8 +198,8 @@ def test_a_read_that_hangs_can_be_interrupted(
             main = threading.main_thread().ident
             timer = threading.Timer(0.1, signal.pthread_kill, [main, signal.SIGINT])
             with DirectFile(path, **SMALL) as disk:
-                timer.start()
                 with pytest.raises(KeyboardInterrupt):
+                    timer.start()
                     disk.read_into(buffer)
                 timer.join()
     except NoDisk as error:

@@ -483,8 +483,8 @@ def test_a_signal_handler_that_raises_ends_a_wait(ends: Ends) -> None:
 
     before = signal.signal(signal.SIGALRM, stop)
     try:
-        signal.setitimer(signal.ITIMER_REAL, 0.05)
         with pytest.raises(Stop):
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
             ends[1].dequeue()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -170,7 +170,7 @@ def test_closing_wakes_who_waits():
 
 
 def test_many_threads_over_one_connection():
-    buffers = [md.BufferMemoryDescriptor(4096, max_access=RW) for _ in range(8)]
+    buffers = [md.BufferMemoryDescriptor(4096, max_access=RW, name="eighth") for _ in range(8)]
     wrong = []
     with md.Service("camera") as service, md.connect("camera") as connection:
         for index, buffer in enumerate(buffers):
@@ -195,7 +195,7 @@ def test_many_threads_over_one_connection():
             thread.join(60)
             assert not thread.is_alive()
     assert wrong == []
-    assert memfds_mapped("self", "memdesc") == 8  # the buffers' own
+    assert memfds_mapped("self", "eighth") == 8  # the buffers' own
 
 
 @pytest.mark.slow
@@ -235,8 +235,8 @@ def test_a_signal_handler_that_raises_gets_through():
         before = signal.signal(signal.SIGALRM, handler)
         try:
             for call in (connection.wait_mapping, service.wait_client, service.wait_client):
-                signal.setitimer(signal.ITIMER_REAL, 0.05)
                 with pytest.raises(Interrupted):
+                    signal.setitimer(signal.ITIMER_REAL, 0.05)
                     while True:
                         call()
         finally:

@@ -81,7 +81,7 @@ def test_no_descriptor_left_for_a_service_or_a_connection():
                     os.close(fillers.pop())
                 with pytest.raises(md.AllocationError):
                     md.Service("other")
-            assert count_fds() <= before
+            wait_until(lambda before=before: count_fds() <= before)
 
 
 @pytest.mark.slow

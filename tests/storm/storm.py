@@ -211,7 +211,7 @@ def storm(kills: int, seed: int) -> None:
         )
         assert after[name] <= before[name] + SLACK, f"{name} is not back"
     assert highest["Shmem"] > before["Shmem"] + SLACK, "the storm made no memory"
-    assert after["fds"] == before["fds"], "descriptors are left"
+    assert after["fds"] <= before["fds"], "descriptors are left"
     assert holders() == 0, "somebody holds the storm's memory"
     left = os.listdir(folder.runtime_folder())
     folder.open_folder("another")

@@ -434,3 +434,20 @@ def test_a_task_that_ended_is_found_also_by_mapping(child: Program, by_mapping: 
     assert child.task.wait(30)
     with pytest.raises(TaskGoneError):
         md.copyin(child.task, child.address, 2 * MIB)
+
+
+def test_errors_say_of_which_side_they_are() -> None:
+    room = bytearray(8)
+    place = _core.buffer_address(room)[0]
+    with md.Task.current() as task:
+        for side, at in (("source", (-1, place)), ("target", (place, -1)), ("target", (place, ""))):
+            with pytest.raises(md.InvalidArgument, match=f"{side}_address is "):
+                md.copy_between(task, at[0], task, at[1], 8)  # type: ignore[arg-type]
+        for side, at in (("source", (1 << 64, place)), ("target", (place, 1 << 64))):
+            with pytest.raises(md.CopyError, match=f"{side} address 0x1") as caught:
+                md.copy_between(task, at[0], task, at[1], 8)
+            assert caught.value.errno == errno.EFAULT
+        with pytest.raises(md.InvalidArgument, match="source is of type"):
+            md.copy_between(5, place, task, place, 8)  # type: ignore[arg-type]
+        with pytest.raises(md.InvalidArgument, match="target is of type"):
+            md.copy_between(task, place, 5, place, 8)  # type: ignore[arg-type]

@@ -585,3 +585,21 @@ cycle.append(cycle)
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_elements_are_viewed_as_arrays() -> None:
+    zone = Zone("arrays", element_size=64, capacity=1 << 16)
+    element = zone.alloc()
+    array = element.array((2, 4), "f8", order="F")
+    array[:] = 1.5
+    assert (array.shape, array.flags.f_contiguous, array.flags.writeable) == ((2, 4), True, True)
+    assert element.array().sum() == sum(memoryview(element))
+    assert element.array(1, "f8", offset=56)[0] == array[1, 3]
+    with pytest.raises(memdesc.RangeError):
+        element.array(9, "f8")
+    with pytest.raises(BufferError):
+        zone.free(element)
+    del array
+    zone.free(element)
+    with pytest.raises(BufferError):
+        element.array()

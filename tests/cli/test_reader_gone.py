@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shlex
 import signal
 import subprocess
 
@@ -40,6 +42,43 @@ def test_a_reader_that_goes_is_no_noise(words: str) -> None:
     assert b"Traceback" not in told
     assert b"BrokenPipe" not in told
     assert b"Exception ignored" not in told
+
+
+def test_a_reader_of_mistakes_that_goes_is_no_noise() -> None:
+    for words in ("nothing", "ls --nothing", "map", "ls nowhere"):
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run(
+            [*MEMDESC, *words.split()],
+            env=environment(),
+            stdout=writer,
+            stderr=writer,
+            timeout=60,
+            check=False,
+        )
+        os.close(writer)
+        assert done.returncode == 128 + signal.SIGPIPE, words
+
+
+def test_what_can_not_be_written_is_told_in_a_line() -> None:
+    for words in ("ls --json", "--version"):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [*MEMDESC, *words.split()],
+                env=environment(),
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+        assert done.returncode == 1
+        assert done.stderr == f"memdesc: standard output: {os.strerror(errno.ENOSPC)}\n"
+
+
+def test_streams_that_are_closed_are_no_error() -> None:
+    command = f"{shlex.join([*MEMDESC, 'ls'])} <&- >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command], env=environment(), timeout=60).returncode == 0
 
 
 def complete(words: str, number: int) -> list[str]:

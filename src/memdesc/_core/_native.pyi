@@ -182,6 +182,14 @@ class ZoneElement:
     def living(self) -> bool: ...
     @property
     def zone(self) -> ElementList | None: ...
+    def array(
+        self,
+        shape: int | tuple[int, ...] | None = None,
+        dtype: Any = None,
+        *,
+        order: str = "C",
+        offset: int = 0,
+    ) -> Any: ...
     def __len__(self) -> int: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
@@ -200,6 +208,7 @@ class ElementList:
         chunks: list[Any],
         waiters: deque[Any],
         sites: dict[int, str] | None,
+        make_array: Callable[..., Any],
     ) -> None:
         """Once, before anything else. `most` slots in all; `chunks` is filled by `_add_chunk`."""
 

@@ -53,6 +53,7 @@ cdef class _Elements:
     cdef object waiters  # deque of held locks: one is released for each element that comes free
     cdef dict sites      # where each living element was allocated; None unless tracked
     cdef object owner    # weak reference to the zone
+    cdef object make_array
 
     def __dealloc__(self):
         md_zone_clear(&self.zone)
@@ -114,6 +115,13 @@ cdef class ZoneElement:
     def zone(self):
         """The zone that it is of; None where that is gone (the element's memory is not)."""
         return self.elements.owner()
+
+    def array(self, shape=None, dtype=None, *, order="C", offset=0):
+        """View it as a NumPy array; by default as bytes. See `memdesc.mapping.view_as_array`.
+
+        A view of it: it goes before `Zone.free`, and keeps an element that was dropped alive.
+        """
+        return self.elements.make_array(self, len(self), shape, dtype, order=order, offset=offset)
 
     def __len__(self):
         return self.elements.zone.element_size
@@ -261,7 +269,7 @@ cdef class ElementList:
     # What follows is for the subclass, and quick only where it says so.
 
     def _begin(self, size_t element_size, size_t stride, size_t most, list chunks not None,
-               waiters not None, sites):
+               waiters not None, sites, make_array):
         """Once, before anything else. `waiters`: a deque; `sites`: a dict where they are kept."""
         cdef _Elements elements = self._elements
         if elements.zone.stride:
@@ -274,6 +282,7 @@ cdef class ElementList:
         elements.chunks = chunks
         elements.waiters = waiters
         elements.sites = sites
+        elements.make_array = make_array
         elements.owner = PyWeakref_NewRef(self, None)
         elements.asks = sites is not None
 

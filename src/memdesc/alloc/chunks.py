@@ -19,6 +19,7 @@ from collections import deque
 from memdesc import _core
 from memdesc.alloc.layout import Layout
 from memdesc.errors import AllocationError, ClosedError
+from memdesc.mapping import view_as_array
 from memdesc.memory.zone_map import ZoneChunk
 from memdesc.vm.forks import lock_for
 from memdesc.wiring import wire
@@ -42,7 +43,8 @@ class ChunkList(_core.ElementList):
         waiters: deque[threading.Lock] = deque()
         sites: dict[int, str] | None = {} if track else None
         most = layout.max_elements
-        self._begin(layout.element_size, layout.stride, most, chunks, waiters, sites)
+        size, stride = layout.element_size, layout.stride
+        self._begin(size, stride, most, chunks, waiters, sites, view_as_array)
         self._chunks, self._waiters, self._sites = chunks, waiters, sites
         self.name = name
         self.wired = wired

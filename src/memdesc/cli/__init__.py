@@ -10,6 +10,7 @@ commands, `printer` and the screens import click and rich.
 
 from __future__ import annotations
 
+import os
 import sys
 
 
@@ -26,4 +27,21 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+    _open_what_is_closed()
     memdesc()
+
+
+def _open_what_is_closed() -> None:
+    """Have what goes to a standard stream that was closed (``>&-``) go nowhere.
+
+    Else a socket or a file that is opened later would have its number, and be written to.
+    """
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number: this one
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", closefd=False)

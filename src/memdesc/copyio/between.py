@@ -65,13 +65,18 @@ def copy_between(
     (4, b'here')
     """
     size = check_size(nbytes, "nbytes")
-    check_task(source)
-    check_task(target)
+    check_task(source, "source")
+    check_task(target, "target")
     if size == 0:
         return 0
-    doing = f"copy {size:,} bytes from task {source.pid} to task {target.pid}, at"
-    here = check_place(source, source_address, size, doing)
-    there = check_place(target, target_address, size, doing)
+    doing = f"copy {size:,} bytes from task {source.pid} to task {target.pid},"
+    here, there = (
+        check_place(task, address, size, f"{doing} {name} address", name=f"{name}_address")
+        for name, task, address in (
+            ("source", source, source_address),
+            ("target", target, target_address),
+        )
+    )
     doing = f"copy {size:,} bytes from {here:#x} of task {source.pid} to {there:#x} of task "
     doing += str(target.pid)
     upwards = source == target and here < there < here + size

@@ -132,18 +132,26 @@ def check_size(value: int, what: str) -> int:
 
 
 def check_place(
-    task: Task, address: int, nbytes: int, doing: str, expected: int | None = None
+    task: Task,
+    address: int,
+    nbytes: int,
+    doing: str,
+    expected: int | None = None,
+    name: str = "address",
 ) -> int:
-    """Give the address if `nbytes` from there are below the kernel's, before any byte moves."""
+    """Give the address if `nbytes` from there are below the kernel's, before any byte moves.
+
+    `name`: the parameter's.
+    """
     if nbytes == 0:
         return 0
     try:
         place = address.__index__()
     except AttributeError:
         kind = type(address).__name__
-        raise InvalidArgument(f"address is of type {kind}: give an integer") from None
+        raise InvalidArgument(f"{name} is of type {kind}: give an integer") from None
     if place < 0:
-        raise InvalidArgument(f"address is {place}: addresses are 0 or more")
+        raise InvalidArgument(f"{name} is {place}: addresses are 0 or more")
     if place + nbytes > _END:
         raise CopyError(
             f"cannot {doing} {place:#x}: the range goes past the addresses that a task can have",

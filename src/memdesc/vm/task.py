@@ -53,11 +53,11 @@ class Credentials:
     gid: int
 
 
-def check_task(task: object) -> None:
-    """Raise `InvalidArgument` for what is no task, a pid for instance."""
+def check_task(task: object, name: str = "task") -> None:
+    """Raise `InvalidArgument` for what is no task, a pid for instance. `name`: the parameter's."""
     if not isinstance(task, Task):
         raise InvalidArgument(
-            f"task is of type {type(task).__name__}: give a Task, for instance Task(pid), or the "
+            f"{name} is of type {type(task).__name__}: give a Task, for instance Task(pid), or the "
             "`task` of a client or connection"
         )
 

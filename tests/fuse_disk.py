@@ -4,9 +4,10 @@ The file `disk` shows at each offset what `pattern` gives. A read that touches t
 EIO; one that touches `hang` is answered only when the kernel interrupts it, or never.
 
 What opens it with O_DSYNC goes past the page cache (FOPEN_DIRECT_IO). It has a second name,
-`memfd:disk`, and can be "deaf": who asks for its attributes (stat) is never answered.
+`memfd:disk`, and can be "deaf": who asks for its attributes (stat) is never answered. It can be
+"sticky" for one process, in which closing it never ends.
 
-As a program: fuse_disk.py MOUNTPOINT SIZE BAD HANG, "stubborn" for never, and "deaf".
+As a program: fuse_disk.py MOUNTPOINT SIZE BAD HANG STICKY, "stubborn" for never, and "deaf".
 """
 
 from __future__ import annotations
@@ -51,9 +52,11 @@ def failing_disk(
     hang: int = NOWHERE,
     stubborn: bool = False,
     deaf: bool = False,
+    sticky: int = NOWHERE,
 ) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
     """Mount one: gives the file and the process that serves it."""
     command = [sys.executable, "-I", "-S", __file__, str(folder), str(size), str(bad), str(hang)]
+    command += [str(sticky)]
     command += ["stubborn"] * stubborn + ["deaf"] * deaf
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
@@ -70,8 +73,10 @@ def failing_disk(
 
 
 class _Server:
-    def __init__(self, fd: int, size: int, bad: int, hang: int, how: Collection[str]) -> None:
-        self.fd, self.size, self.bad, self.hang = fd, size, bad, hang
+    def __init__(
+        self, fd: int, size: int, bad: int, hang: int, sticky: int, how: Collection[str]
+    ) -> None:
+        self.fd, self.size, self.bad, self.hang, self.sticky = fd, size, bad, hang, sticky
         self.stubborn, self.deaf = "stubborn" in how, "deaf" in how
         self.waiting: set[int] = set()
 
@@ -81,7 +86,9 @@ class _Server:
                 message = os.read(self.fd, 1 << 18)
             except OSError:  # unmounted
                 return
-            _, opcode, unique, node = struct.unpack_from("<IIQQ", message)
+            _, opcode, unique, node, _, _, thread = struct.unpack_from("<IIQQIII", message)
+            if opcode == _FLUSH and os.path.exists(f"/proc/{self.sticky}/task/{thread}"):
+                continue
             self.handle(opcode, unique, node, message[40:])
 
     def answer(self, unique: int, body: bytes = b"", error: int = 0) -> None:
@@ -141,7 +148,7 @@ class _Server:
             self.answer(unique, pattern(offset, max(min(size, self.size - offset), 0)))
 
 
-def main(folder: str, size: str, bad: str, hang: str, *how: str) -> None:
+def main(folder: str, size: str, bad: str, hang: str, sticky: str, *how: str) -> None:
     try:
         fd = os.open("/dev/fuse", os.O_RDWR)
     except OSError as error:
@@ -153,7 +160,7 @@ def main(folder: str, size: str, bad: str, hang: str, *how: str) -> None:
         return
     _libc.prctl(1, 9)  # PR_SET_PDEATHSIG: a test's watchdog may end the parent
     print("ready", flush=True)
-    _Server(fd, int(size), int(bad), int(hang), how).serve()
+    _Server(fd, int(size), int(bad), int(hang), int(sticky), how).serve()
 
 
 if __name__ == "__main__":

@@ -485,7 +485,7 @@ class LimitError(MemdescError, OSError):
 
 
 class AccessDeniedError(MemdescError, PermissionError):
-    """The service does not admit this client: its rule (EACCES) or a limit (EDQUOT, EMFILE)."""
+    """The other side does not admit this task: its rule (EACCES) or a limit (EDQUOT, EMFILE)."""
 
 
 class PeerGoneError(MemdescError, ConnectionError):

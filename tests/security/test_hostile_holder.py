@@ -402,7 +402,7 @@ def test_what_no_thread_could_close_the_next_one_does(monkeypatch: pytest.Monkey
     fds = count_fds()
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", fails)
-        closing.discard(list(os.pipe()))
+        closing.discard(list(os.pipe()), os.geteuid())
     assert count_fds() == fds + 2
-    closing.discard(list(os.pipe()))
+    closing.discard(list(os.pipe()), os.geteuid())
     wait_until(lambda: count_fds() <= fds)

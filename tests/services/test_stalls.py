@@ -6,17 +6,23 @@ import errno
 import os
 import socket
 import struct
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
-from puppets import count_fds, wait_until
+from children import NOBODY
+from fuse_disk import NoDisk, failing_disk
+from puppets import Puppet, count_fds, wait_until
 from strangers import Stranger, memfd, push
 
 import memdesc as md
+from memdesc.handover.holder import Holder
 from memdesc.loop import Loop
-from memdesc.memory.closing import discard
+from memdesc.memory import closing
+from memdesc.memory.closing import MOST_HELD_UP, discard
 from memdesc.services import protocol
 
 PAGE = md.page_size
@@ -53,36 +59,214 @@ def closers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "memdesc-close"]
 
 
+@contextmanager
+def held(loop: Loop) -> Iterator[None]:
+    """Have the I/O thread do nothing meanwhile."""
+    begun, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        begun.set()
+        done.wait(20)
+
+    loop.post(hold)
+    begun.wait(20)
+    try:
+        yield
+    finally:
+        done.set()
+
+
 @pytest.mark.parametrize("before", [[], [b"\xc1"]], ids=["at once", "behind what ends it"])
 @pytest.mark.parametrize("message", [push([(0, 0, PAGE)]), b"\xc1", protocol.Done(77), b""])
 def test_a_file_that_is_slow_to_close_holds_up_nobody(message: object, before: list[bytes]) -> None:
     with md.Service("camera") as service, Stranger(service.path).greet() as one:
         with md.connect("camera") as other, slow_to_close() as fd:
-            held = threading.Event(), threading.Event()
-
-            def hold() -> None:
-                held[0].set()
-                held[1].wait(20)
-
-            service._loop.post(hold)  # so that it finds all of it at once
-            held[0].wait(20)
-            for garbage in before:
-                one.send(garbage)
-            one.send(message, [fd])
-            os.close(fd)
-            one.close()
-            held[1].set()
+            with held(service._loop):  # so that it finds all of it at once
+                for garbage in before:
+                    one.send(garbage)
+                one.send(message, [fd])
+                os.close(fd)
+                one.close()
             wait_until(lambda: len(closers()) == 1)
             assert other.shares(timeout=20) == []
 
 
 def test_others_are_closed_beside_those_that_are_stuck() -> None:
     with slow_to_close() as one, slow_to_close() as another:
-        discard([one])
+        discard([one], os.geteuid())
         before = count_fds()
-        discard([*os.pipe(), memfd(PAGE), os.open("/", os.O_PATH)])
-        discard([another])
+        discard([*os.pipe(), memfd(PAGE), os.open("/", os.O_PATH)], NOBODY)
+        discard([another], NOBODY)
         wait_until(lambda: len(closers()) == 2 and count_fds() < before)
+
+
+def test_who_waits_for_a_service_that_ends_leaves_it_nothing_to_close() -> None:
+    with md.Service("camera") as service, slow_to_close() as fd:
+        service._loop.run(service._stop)  # he is not let in any more
+        with Stranger(service.path) as one:
+            one.send(b"", [fd])
+            os.close(fd)
+            service.close()
+            assert one.is_ended()
+        wait_until(lambda: len(closers()) == 1)
+
+
+def test_who_is_turned_away_leaves_nothing_to_close() -> None:
+    with md.Service("camera") as service, slow_to_close() as fd:
+        service._loop.run(service._stop)
+        with Stranger(service.path) as one:
+            one.send(b"x", [fd])
+            os.close(fd)
+            service._loop.run(service._listener.turn_away)
+            assert one.is_ended()
+        service._loop.run(service._go_on)
+        with md.connect("camera") as other:
+            assert other.shares(timeout=20) == []
+
+
+def test_a_holder_that_hangs_up_has_nothing_to_close() -> None:
+    holder = Holder(b"\0memdesc-test-" + os.urandom(8).hex().encode(), None)
+    with slow_to_close() as fd, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        with held(holder._loop):
+            sock.connect(holder.address)
+            for fds in ([], [fd]):
+                socket.send_fds(sock, [b"wrong"], fds)
+            os.close(fd)
+        wait_until(lambda: len(closers()) == 1)
+        holder._loop.run(holder.end_when_idle)
+        wait_until(lambda: holder.closed)
+
+
+def test_nothing_is_received_of_who_holds_up_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs, md.BufferMemoryDescriptor(PAGE) as buffer, md.Service("camera"):
+        with md.connect("camera") as connection, slow_to_close() as fd:
+            monkeypatch.setattr(closing, "MOST_HELD_UP", 0)
+            discard([fd], os.geteuid())
+            md.send_descriptor(theirs, buffer)
+            for refused in (
+                lambda: md.receive_descriptor(ours),
+                connection.shares,
+                lambda: md.connect("camera"),
+            ):
+                with pytest.raises(md.AccessDeniedError) as caught:
+                    refused()
+                assert caught.value.errno == errno.EDQUOT
+        wait_until(lambda: not closing.held_up())
+        md.receive_descriptor(ours).close()  # as it lay there
+        md.connect("camera").close()
+
+
+@pytest.mark.parametrize("user", [os.geteuid(), NOBODY])
+def test_a_file_that_says_an_error_when_it_is_closed(user: int, tmp_path: Path) -> None:
+    """The server of a file may be gone: the others are closed all the same."""
+    before = count_fds()
+    try:
+        with failing_disk(tmp_path, PAGE, sticky=os.getpid()) as (path, server):
+            fds = [os.open(path, os.O_RDONLY) for _ in range(3)]
+            server.kill()
+            server.wait()
+            discard(fds, user)
+            wait_until(lambda: count_fds() <= before + 1)  # the server's output
+    except NoDisk as error:
+        pytest.skip(f"no FUSE here: {error}")
+    wait_until(lambda: not closing.held_up())
+
+
+SEND = """
+import socket, struct
+from memdesc.services import protocol
+kept = []
+def connect():
+    one = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    one.settimeout(20)
+    one.connect({path!r})
+    one.send(protocol.encode(protocol.Hello(protocol.VERSION)))
+    kept.append(one)
+    return one
+def send(one, fds):
+    try:
+        socket.send_fds(one, [b"{{}}"], fds)
+    except ConnectionError:  # it was ended meanwhile
+        pass
+def files(path, count):
+    return [os.open(path, os.O_RDONLY) for _ in range(count)]
+def lingering(count):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)  # less than is sent
+        for _ in range(count):
+            writer = socket.socket()
+            writer.connect(server.getsockname())
+            kept.append(server.accept()[0])
+            writer.setblocking(False)
+            try:
+                while True:
+                    writer.send(bytes(1 << 14))
+            except BlockingIOError:
+                pass
+            writer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 3600))
+            yield writer.detach()
+def become(uid):
+    os.setgroups([]); os.setresgid(uid, uid, uid); os.setresuid(uid, uid, uid)
+"""
+
+
+@contextmanager
+def slow_files(one: Puppet, kind: str, count: int, folder: Path) -> Iterator[None]:
+    """Let a puppet have `fds`, so many files whose closing this process can not end."""
+    if kind == "sockets":
+        one.do(f"fds = list(lingering({count}))")
+        yield
+        one.kill()  # which resets them
+        return
+    try:
+        with failing_disk(folder, PAGE, sticky=os.getpid()) as (path, _):
+            one.do(f"fds = files({str(path)!r}, {count})")
+            yield
+    except NoDisk as error:
+        pytest.skip(f"no FUSE here: {error}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sockets", "files"])
+def test_who_holds_up_closings_is_refused_until_they_end(kind: str, tmp_path: Path) -> None:
+    uid = os.geteuid()
+    with tempfile.TemporaryDirectory(prefix="md-") as folder, Puppet() as one:
+        Path(folder).chmod(0o755)
+        name = f"{folder}/camera"
+        one.do(SEND.format(path=name))
+        with (
+            md.Service(name, allow=lambda task: True) as service,
+            md.connect(name) as other,
+            slow_files(one, kind, 3 * MOST_HELD_UP, tmp_path),
+        ):
+            if uid == 0:
+                one.do(f"become({NOBODY})")
+                uid = NOBODY
+            # One by one, each by a connection of its own, which ends by what it says.
+            for index in range(MOST_HELD_UP + 1):
+                with held(service._loop):  # this process is to be the last to close it
+                    one.do(f"send(connect(), [fds[{index}]]); os.close(fds[{index}])")
+                wait_until(lambda want=index + 1: closing.held_up().get(uid) == want)
+            assert len(closers()) == 1
+            one.do("c = connect()")
+            assert one.do("protocol.decode(c.recv(1 << 16)).errno") == errno.EDQUOT
+            # What he sends now is not received, but closed with the sockets that it lies in.
+            before = count_fds()
+            one.do("several = [connect() for _ in range(4)]")
+            one.do(f"for n, c in enumerate(several): send(c, fds[{MOST_HELD_UP + 1} + 4 * n:][:4])")
+            assert one.do("all(c.recv(4096) and c.recv(4096) == b'' for c in several)")
+            wait_until(lambda: len(service.clients()) == 1)
+            assert closing.held_up()[uid] <= MOST_HELD_UP + 1 + 4
+            wait_until(lambda: count_fds() <= before + 4)
+            assert len(closers()) == 1
+            if uid != os.geteuid():
+                assert other.shares(timeout=20) == []
+                with md.connect(name) as another:
+                    assert another.shares(timeout=20) == []
+        wait_until(lambda: not closing.held_up())
+        with md.Service(name, allow=lambda task: True), md.connect(name):
+            pass
 
 
 PUSHES = {

@@ -122,7 +122,7 @@ def test_each_refusal_of_the_peers_pidfd(refusal: int, expected: type[MemdescErr
 
 def test_a_peer_in_another_pid_namespace_has_no_pid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SO_PEERPIDFD", 9999)
-    monkeypatch.setattr(module, "_peer_credentials", lambda sock: (0, 1000, 1000))
+    monkeypatch.setattr(module, "peer_credentials", lambda sock: (0, 1000, 1000))
     ours, theirs = socket.socketpair()
     with ours, theirs, pytest.raises(NotPrivilegedError):
         Task.from_socket(ours)

@@ -239,7 +239,12 @@ class AddressRangeDescriptor(MemoryDescriptor):
         # alone does not tell it: a task can give a file that name in a mount namespace of its own.
         named_so = region.object.kind is ObjectKind.SHARED_ANONYMOUS
         anonymous = named_so and identity[0] == anonymous_device()
-        return ForeignObject(fd, access, trust_size=self.trust_size or anonymous)
+        return ForeignObject(
+            fd,
+            access,
+            trust_size=self.trust_size or anonymous,
+            user=self.task.credentials.uid,
+        )
 
     def _map_here(
         self, offset: int, length: int, access: Access, placement: Placement

@@ -24,7 +24,6 @@ from memdesc.handover.forms import (
     unpack as unpack,
 )
 from memdesc.handover.sockets import (
-    discard_unread as discard_unread,
     receive_descriptor as receive_descriptor,
     receive_once as receive_once,
     receive_with_fds as receive_with_fds,

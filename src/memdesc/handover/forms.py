@@ -95,9 +95,9 @@ def check_giving(extents: Sequence[Extent], access: Access, *, enforced: bool) -
 
 
 def take(
-    pieces: Sequence[tuple[int, int, int]], fds: Sequence[int], access: Access
+    pieces: Sequence[tuple[int, int, int]], fds: Sequence[int], access: Access, *, user: int
 ) -> list[Extent]:
-    """Make extents of what a peer sent, checking all of it. Takes the descriptors over.
+    """Make extents of what a task of a user sent, checking all of it. Takes the descriptors over.
 
     Raises
     ------
@@ -116,7 +116,7 @@ def take(
                 errno=errno.EPROTO,
             )
         while left:
-            objects.append(ForeignObject(left.pop(0), access))
+            objects.append(ForeignObject(left.pop(0), access, user=user))
         for index, offset, length in pieces:
             size = objects[index].size
             if offset < 0 or length < 1 or offset > size or length > size - offset:
@@ -126,7 +126,7 @@ def take(
                     errno=errno.EPROTO,
                 )
     except BaseException:
-        discard(left)
+        discard(left, user)
         for object_ in objects:
             object_.close()
         raise
@@ -185,8 +185,8 @@ def travelling(name: str) -> str:
     return name.encode(errors="replace").decode()[:1024]
 
 
-def unpack(portable: Portable, fds: Sequence[int]) -> ReceivedMemoryDescriptor:
-    """Make a descriptor of a portable form, checking all of it. Takes the descriptors over."""
+def unpack(portable: Portable, fds: Sequence[int], *, user: int) -> ReceivedMemoryDescriptor:
+    """Make a descriptor of what a task of a user sent, checking it. Takes the descriptors over."""
     try:
         if portable.version != _VERSION:
             raise ProtocolError(
@@ -198,12 +198,12 @@ def unpack(portable: Portable, fds: Sequence[int]) -> ReceivedMemoryDescriptor:
             raise ProtocolError("the descriptor's lengths make no sense", errno=errno.EPROTO)
         direction = Direction(portable.direction)
     except (ProtocolError, ValueError) as error:
-        discard(fds)
+        discard(fds, user)
         if isinstance(error, ProtocolError):
             raise
         raise ProtocolError(f"{portable.direction} is no direction", errno=errno.EPROTO) from error
     access = Access.READ_WRITE if portable.writable else Access.READ_ONLY
-    extents = take(portable.pieces, fds, access)
+    extents = take(portable.pieces, fds, access, user=user)
     received = ReceivedMemoryDescriptor(extents, direction=direction, name=portable.name)
     if received.max_access is not access:
         received.close()

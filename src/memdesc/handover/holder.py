@@ -36,7 +36,7 @@ from memdesc.errors import (
 )
 from memdesc.handover.sockets import receive_once, send_with_fds
 from memdesc.loop import loop
-from memdesc.memory.closing import close_all, discard, is_memory
+from memdesc.memory.closing import close_all, close_socket, discard, is_memory
 from memdesc.vm import tracing
 from memdesc.vm.forks import lock_for
 
@@ -265,7 +265,7 @@ class Holder:
             if is_ours(*peer_of(link)):
                 self._take_in(link)
             else:
-                link.close()
+                close_socket(link)
                 strangers = True
         if strangers:
             self._rest()
@@ -292,7 +292,7 @@ class Holder:
         except BlockingIOError:
             return
         except OSError:
-            discard(fds)
+            discard(fds, os.geteuid())
             self._hang_up(link)
             return
         try:
@@ -316,7 +316,7 @@ class Holder:
         if what == TAKE:
             return self._given(token)
         if dropped or not fds or max(fds) >= _most_descriptors():
-            discard(fds)
+            close_all(fds)
             return NO_FILES, []
         came = fds[:]
         fds.clear()  # they are taken over
@@ -339,7 +339,7 @@ class Holder:
     def _hang_up(self, link: sockets.socket) -> None:
         self._loop.forget(link.fileno())
         self._links.pop(link, None)
-        link.close()
+        close_socket(link)
 
     # -- its end -----------------------------------------------------------------------------------
 

@@ -89,7 +89,7 @@ def take(handle: Handle, what: str) -> ReceivedMemoryDescriptor:
     header, address, token = handle
     try:
         portable = msgspec.msgpack.decode(header, type=portable_type())
-        return unpack(portable, transit.take(address, token))
+        return unpack(portable, transit.take(address, token), user=os.geteuid())
     except OSError as error:
         raise lost(what, error) from error
 

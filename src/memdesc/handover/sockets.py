@@ -7,7 +7,6 @@ the header.
 from __future__ import annotations
 
 import array
-import contextlib
 import errno
 import socket as sockets
 import struct
@@ -17,9 +16,9 @@ from memdesc.descriptors.base import MemoryDescriptor
 from memdesc.descriptors.received import ReceivedMemoryDescriptor
 from memdesc.errors import InvalidArgument, PeerGoneError, ProtocolError, TimedOutError
 from memdesc.handover.forms import MAX_OBJECTS, pack, portable_type, unpack
-from memdesc.memory.closing import close_all, discard
+from memdesc.memory.closing import check_held_up, close_all, discard
 from memdesc.vm.pages import Access
-from memdesc.vm.task import Task
+from memdesc.vm.task import peer_credentials
 
 MAX_HEADER = 128 << 10
 _PREFIX = struct.Struct("<4sI")
@@ -62,7 +61,7 @@ def send_descriptor(
     import msgspec
 
     _check_socket(sock)
-    portable, fds = pack(descriptor, access, enforced=enforced, user=_peer_user(sock))
+    portable, fds = pack(descriptor, access, enforced=enforced, user=peer_credentials(sock)[1])
     try:
         header = msgspec.msgpack.encode(portable)
         send_with_fds(sock, _PREFIX.pack(_MAGIC, len(header)) + header, fds)
@@ -88,6 +87,8 @@ def receive_descriptor(sock: sockets.socket) -> ReceivedMemoryDescriptor:
         objects too small. Everything that came was closed.
     MappingError
         CAN_SHRINK: an object without the seals that keep its pages there.
+    AccessDeniedError
+        Tasks of the peer's user sent files that can not be closed, and too many of them (EDQUOT).
     PeerGoneError, TimedOutError
     """
     import msgspec
@@ -95,6 +96,7 @@ def receive_descriptor(sock: sockets.socket) -> ReceivedMemoryDescriptor:
     from memdesc.portable import UNREADABLE
 
     _check_socket(sock)
+    user = peer_credentials(sock)[1]
     data, fds = receive_with_fds(sock, _PREFIX.size + MAX_HEADER, _PREFIX.size)
     try:
         magic, length = _PREFIX.unpack_from(data)
@@ -114,9 +116,9 @@ def receive_descriptor(sock: sockets.socket) -> ReceivedMemoryDescriptor:
                 f"the descriptor's header can not be read: {error}", errno=errno.EPROTO
             ) from error
     except BaseException:
-        discard(fds)
+        discard(fds, user)
         raise
-    return unpack(portable, fds)
+    return unpack(portable, fds, user=user)
 
 
 def send_with_fds(sock: sockets.socket, data: bytes, fds: Sequence[int]) -> None:
@@ -146,7 +148,10 @@ def receive_with_fds(sock: sockets.socket, most: int, least: int) -> tuple[bytes
         Descriptors were lost on the way (MSG_CTRUNC: this process has none left, EMFILE).
     PeerGoneError
         The stream ended.
+    AccessDeniedError
+        As `receive_once`.
     """
+    user = peer_credentials(sock)[1]
     data = b""
     fds: list[int] = []
     try:
@@ -164,13 +169,13 @@ def receive_with_fds(sock: sockets.socket, most: int, least: int) -> tuple[bytes
             if not piece:
                 raise PeerGoneError("the other side has gone", errno=errno.ECONNRESET)
     except (TimeoutError, BlockingIOError) as error:
-        discard(fds)
+        discard(fds, user)
         raise TimedOutError("nothing came in time", errno=errno.ETIMEDOUT) from error
     except ConnectionResetError as error:
-        discard(fds)
+        discard(fds, user)
         raise PeerGoneError("the other side has gone", errno=error.errno) from error
     except BaseException:
-        discard(fds)
+        discard(fds, user)
         raise
     return data, fds
 
@@ -185,27 +190,18 @@ def _check_count(fds: Sequence[int]) -> None:
 
 
 def receive_once(sock: sockets.socket, most: int) -> tuple[bytes, list[int], bool]:
-    """One recvmsg: (bytes, descriptors, whether the kernel dropped some of either)."""
+    """One recvmsg: (bytes, descriptors, whether the kernel dropped some of either).
+
+    Raises
+    ------
+    AccessDeniedError
+        Too many descriptors that tasks of the peer's user sent are not closed yet (EDQUOT).
+    """
+    check_held_up(sock)
     room = sockets.CMSG_SPACE(MAX_OBJECTS * 4)
     data, ancillary, flags, _ = sock.recvmsg(most, room, sockets.MSG_CMSG_CLOEXEC)
     dropped = bool(flags & (sockets.MSG_CTRUNC | sockets.MSG_TRUNC))
     return data, _descriptors_in(ancillary), dropped
-
-
-def discard_unread(sock: sockets.socket) -> None:
-    """Discard the descriptors that lie in a socket without a peer, before it is closed.
-
-    Else the kernel would close them with it, and who closes it would wait for the stranger.
-    """
-    room = sockets.CMSG_SPACE(12) + sockets.CMSG_SPACE(MAX_OBJECTS * 4)
-    with contextlib.suppress(OSError):
-        # With every packet, also an empty one, its sender is told now; not with the end.
-        sock.setsockopt(sockets.SOL_SOCKET, sockets.SO_PASSCRED, 1)
-        while True:
-            _, ancillary, _, _ = sock.recvmsg(1, room, sockets.MSG_CMSG_CLOEXEC)
-            if not ancillary:
-                break
-            discard(_descriptors_in(ancillary))
 
 
 def _descriptors_in(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
@@ -214,8 +210,3 @@ def _descriptors_in(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
         if (level, kind) == (sockets.SOL_SOCKET, sockets.SCM_RIGHTS):
             fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
     return list(fds)
-
-
-def _peer_user(sock: sockets.socket) -> int:
-    with Task.from_socket(sock) as task:
-        return task.credentials.uid

@@ -151,7 +151,7 @@ class Link:
             raise
         finally:
             close_all(fds)
-        discard(came)
+        discard(came, os.geteuid())
 
     def take(self, token: bytes) -> list[int]:
         """Take what is kept there."""
@@ -178,7 +178,7 @@ class Link:
         self.limit = limit or None
         if answer[:1] == YES:
             return came
-        discard(came)
+        discard(came, os.geteuid())
         if answer[:1] == NO_FILES:
             raise too_many_objects(self._counts)
         if answer[:1] == TOO_MUCH:

@@ -31,6 +31,8 @@ class ForeignObject:
     trust_size : bool
         Accept an object whose owner may truncate it, or take its pages away: a later access to
         such pages kills this process with SIGBUS.
+    user : int, optional
+        Who gave it, and answers for how long closing it takes; by default this process's.
 
     Raises
     ------
@@ -40,7 +42,14 @@ class ForeignObject:
 
     _fd = -1
 
-    def __init__(self, fd: int, max_access: Access, *, trust_size: bool = False) -> None:
+    def __init__(
+        self,
+        fd: int,
+        max_access: Access,
+        *,
+        trust_size: bool = False,
+        user: int | None = None,
+    ) -> None:
         self._fd = fd
         try:
             self._lock = lock_for(self)
@@ -67,7 +76,7 @@ class ForeignObject:
                 self._check_size_is_sealed()
         except BaseException:
             self._fd = -1
-            discard([fd])
+            discard([fd], os.geteuid() if user is None else user)
             raise
 
     def _most(self, claimed: Access) -> Access:

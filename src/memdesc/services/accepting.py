@@ -23,8 +23,8 @@ from memdesc.errors import (
     TimedOutError,
 )
 from memdesc.loop import Loop, loop, tell_if_forked
+from memdesc.memory.closing import close_socket
 from memdesc.services import folder, protocol
-from memdesc.services.channel import hang_up
 from memdesc.services.failures import failed
 from memdesc.services.limits import Limits, check_limits
 from memdesc.services.logs import log
@@ -228,7 +228,7 @@ class Accepting:
         sock.setblocking(False)
         with contextlib.suppress(OSError):  # it has gone already
             sock.send(protocol.encode(failed(0, refusal)), sockets.MSG_NOSIGNAL)
-        hang_up(sock)
+        close_socket(sock)
         return False
 
     def _take_in(self, sock: sockets.socket) -> None:
@@ -237,7 +237,7 @@ class Accepting:
             client.start()
         except (MemdescError, OSError) as error:  # it has gone already, or we have no descriptor
             log.debug("service.client_lost", extra={"service": self.name, "why": str(error)})
-            sock.close()
+            close_socket(sock)
             return
         with self._lock:
             self._strangers[client] = None

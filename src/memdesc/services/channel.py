@@ -7,7 +7,6 @@ asks and does not read the answers is dropped when too much waits for it.
 from __future__ import annotations
 
 import array
-import contextlib
 import errno
 import logging
 import os
@@ -20,19 +19,22 @@ from typing import Any, NoReturn
 
 from memdesc import errors
 from memdesc.errors import (
+    AccessDeniedError,
     ClosedError,
     MappingError,
     MemdescError,
     PeerGoneError,
     ProtocolError,
 )
-from memdesc.handover import close_all, discard, discard_unread, receive_once, too_many_files
+from memdesc.handover import close_all, discard, receive_once, too_many_files
 from memdesc.loop import Loop, loop, tell_if_forked
-from memdesc.memory.closing import no_descriptor
+from memdesc.memory.closing import close_socket, no_descriptor
 from memdesc.services import protocol
+from memdesc.services.failures import failed
 from memdesc.vm import tracing
 from memdesc.vm.forks import Condition
 from memdesc.vm.task import Task
+from memdesc.vm.telling import bare
 
 log = logging.getLogger("memdesc.services")
 
@@ -267,11 +269,16 @@ class Channel:
                 data, fds, lost = receive_once(self._sock, protocol.MAX_MESSAGE)
             except (BlockingIOError, InterruptedError):
                 return
+            except AccessDeniedError as refusal:  # its user holds up too many closings
+                log.warning("channel.held_up", extra={"pid": self.task.pid, "why": str(refusal)})
+                self._send_if_there(failed(0, refusal))
+                self._end(bare(refusal))
+                return
             except OSError:
                 self._end(self._peer_gone())
                 return
             if not data:
-                discard(fds)
+                discard(fds, self.task.credentials.uid)
                 self._end(self._peer_gone())
                 return
             self._receive(data, fds, lost)
@@ -288,7 +295,7 @@ class Channel:
                 )
             )
         finally:
-            discard(fds)  # whoever used them emptied the list
+            discard(fds, self.task.credentials.uid)  # whoever used them emptied the list
 
     def _send_if_there(self, answer: Any, fds: Sequence[int] = ()) -> None:
         try:
@@ -316,7 +323,7 @@ class _Life:
         """End the connection. On the I/O thread."""
         io.forget(self.sock.fileno())
         io.forget(self.pidfd)
-        hang_up(self.sock)
+        close_socket(self.sock)
         self.close()
 
     def close(self) -> None:
@@ -325,15 +332,6 @@ class _Life:
         pidfd, self.pidfd = self.pidfd, -1
         if pidfd >= 0:
             os.close(pidfd)
-
-
-def hang_up(sock: sockets.socket) -> None:
-    """End the conversation and close the socket. The peer can still read what was sent."""
-    # The peer is to see the end also where a fork child holds the socket still.
-    with contextlib.suppress(OSError):  # ENOTCONN: the peer was first
-        sock.shutdown(sockets.SHUT_RDWR)
-    discard_unread(sock)
-    sock.close()
 
 
 def duplicates(fds: Sequence[int]) -> list[int]:

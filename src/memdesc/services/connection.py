@@ -108,7 +108,8 @@ def connect(
         None appeared (ENOENT, ECONNREFUSED).
     AccessDeniedError
         The socket, or the service's rule, does not admit this user (EACCES); or the service has
-        as many clients as its `Limits` (EDQUOT) or its descriptors (EMFILE) allow.
+        as many clients as its `Limits` (EDQUOT) or its descriptors (EMFILE) allow; or tasks of this
+        user sent it files that it can not close (EDQUOT).
     TimedOutError
         It is there but does not answer.
     PeerGoneError

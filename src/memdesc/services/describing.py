@@ -39,7 +39,7 @@ from memdesc.services.protocol.describing import MAX_ITEMS, MAX_TOLD_OBJECTS, It
 from memdesc.services.queues.books import Slot
 from memdesc.services.queues.producers import ClientProducers
 from memdesc.services.statistics import statistics_of
-from memdesc.vm.task import Task
+from memdesc.vm.task import Task, peer_credentials
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -318,9 +318,11 @@ class Inquiry:
     def _receive(self) -> object:
         try:
             data, fds, _ = receive_once(self._sock, protocol.MAX_MESSAGE)
+        except MemdescError:
+            raise
         except OSError as error:
             raise self._gone() from error
-        discard(fds)
+        discard(fds, peer_credentials(self._sock)[1])
         if not data:
             raise self._gone()
         return protocol.read(data)

@@ -30,7 +30,7 @@ from memdesc.errors import (
     describe_errno,
 )
 from memdesc.loop import Loop
-from memdesc.memory.closing import no_descriptor
+from memdesc.memory.closing import close_socket, no_descriptor
 from memdesc.vm.telling import explains
 
 BACKLOG = 128
@@ -202,7 +202,7 @@ class Listener:
         else:
             time.sleep(0.01)  # another thread was faster; epoll asks again at once
         with contextlib.suppress(OSError):
-            self.sock.accept()[0].close()
+            close_socket(self.sock.accept()[0])
         with contextlib.suppress(AllocationError):
             self._keep_spare()
 
@@ -232,6 +232,8 @@ class Listener:
         # Those who wait are to see the end also where a fork child holds the socket still.
         with contextlib.suppress(OSError):
             self.sock.shutdown(sockets.SHUT_RDWR)
+            while True:  # what they sent must not be closed with this socket, in this thread
+                close_socket(self.sock.accept()[0])
         self.close()
 
     def close(self) -> None:

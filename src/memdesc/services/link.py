@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, Self, TypeVar
 
 from memdesc.errors import (
+    AccessDeniedError,
     ClosedError,
     MemdescError,
     PeerGoneError,
@@ -86,10 +87,15 @@ class Link(Peer):
             super()._handle(message, fds, lost)
 
     def _answered(self, answer: Any, fds: list[int], lost: bool) -> None:
-        if answer.id == 0 and isinstance(answer, protocol.Failed) and not self._welcomed.is_set():
-            self._refused = answer
-            self._welcomed.set()
-            return
+        if answer.id == 0 and isinstance(answer, protocol.Failed):
+            if not self._welcomed.is_set():
+                self._refused = answer
+                self._welcomed.set()
+                return
+            error = rebuilt(answer)
+            if isinstance(error, AccessDeniedError):  # it was let in, and is no more
+                self._end(error)
+                return
         super()._answered(answer, fds, lost)
 
     def _ended(self, why: MemdescError) -> None:

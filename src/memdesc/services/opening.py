@@ -85,9 +85,10 @@ class QueuedTo(Link):
 
         if not fds:
             raise ProtocolError(f"queue {name!r} came without its socket", errno=errno.EPROTO)
-        socket = socket_of(fds.pop(), fds)
+        user = self.task.credentials.uid
+        socket = socket_of(fds.pop(), fds, user)
         with socket:
-            memory = unpack(answer.portable, fds)
+            memory = unpack(answer.portable, fds, user=user)
             memory.name = name
             try:
                 end: Consumer | Producer
@@ -114,16 +115,15 @@ class QueuedTo(Link):
             _tell(end)
 
 
-def socket_of(fd: int, others: list[int]) -> sockets.socket:
+def socket_of(fd: int, others: list[int], user: int) -> sockets.socket:
     """Take a descriptor over that is to be a queue's socket; what is none is closed with all."""
     try:
         socket = sockets.socket(fileno=fd)
     except OSError as error:
-        discard([fd, *others])
+        discard([fd, *others], user)
         raise ProtocolError(f"the queue's socket is none: {error}", errno=errno.EPROTO) from error
     if (socket.family, socket.type) != (sockets.AF_UNIX, sockets.SOCK_STREAM):
-        socket.close()
-        discard(others)
+        discard([socket.detach(), *others], user)
         raise ProtocolError("the queue's socket is of another kind", errno=errno.EPROTO)
     return socket
 

@@ -123,7 +123,7 @@ class Peer(Pushing):
         access = Access.READ_WRITE if push.writable else Access.READ_ONLY
         taken = list(fds)
         fds.clear()
-        extents = take(push.pieces, taken, access)
+        extents = take(push.pieces, taken, access, user=self.task.credentials.uid)
         try:
             if push.prefault:
                 _check_allocated(extents)

@@ -177,7 +177,7 @@ class Requester(Channel):
         """See to the answer to which nobody looks any more, here already or not."""
         self._give_up(number, undo)
         if pending.answer is not None:
-            discard(pending.fds)
+            discard(pending.fds, self.task.credentials.uid)
             (undo or _ignore)(pending.answer)
 
     def _expect(self, number: int, pending: Pending) -> None:
@@ -210,7 +210,7 @@ class Requester(Channel):
             raise self._gone_again()
         if isinstance(answer, kind):
             return answer, fds
-        discard(fds)
+        discard(fds, self.task.credentials.uid)
         if isinstance(answer, protocol.Failed):
             raise _refusal(answer)
         why = f"task {self.task.pid} answered {type(answer).__name__}, not {kind.__name__}"

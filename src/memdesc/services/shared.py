@@ -229,7 +229,7 @@ class SharedWith(Link):
         self, name: str, answer: protocol.Opened, fds: list[int]
     ) -> tuple[ReceivedMemoryDescriptor, protocol.Share]:
         """Make what came, checking all of it."""
-        descriptor = unpack(answer.portable, fds)
+        descriptor = unpack(answer.portable, fds, user=self.task.credentials.uid)
         share = answer.share
         if (share.nbytes, share.writable) != (descriptor.length, descriptor.max_access.writable):
             descriptor.close()

@@ -116,19 +116,20 @@ class Subscribing(Link):
         """Make it, checking all of it."""
         from memdesc.streams import StreamForm, Subscription
 
+        user = self.task.credentials.uid
         if len(fds) != 3:
-            discard(fds)
+            discard(fds, user)
             raise ProtocolError(
                 f"stream {name!r} came with {len(fds)} descriptors, not 3", errno=errno.EPROTO
             )
-        with socket_of(fds.pop(), fds) as socket:
+        with socket_of(fds.pop(), fds, user) as socket:
             second = fds.pop()
             try:
-                pool = unpack(answer.pool, fds)
+                pool = unpack(answer.pool, fds, user=user)
             except BaseException:
-                discard([second])
+                discard([second], user)
                 raise
-            with pool, unpack(answer.line, [second]) as line:
+            with pool, unpack(answer.line, [second], user=user) as line:
                 pool.name = line.name = name
                 try:
                     form = StreamForm(answer.slots, answer.nbytes, answer.shape, answer.dtype)

@@ -16,9 +16,10 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from memdesc.errors import AccessDeniedError, MemdescError, NameInUseError, TimedOutError
+from memdesc.memory.closing import close_socket
 from memdesc.services import protocol
 from memdesc.services.accepting import Accepted, Accepting
-from memdesc.services.channel import duplicates, hang_up
+from memdesc.services.channel import duplicates
 from memdesc.services.folder import BACKLOG
 from memdesc.services.limits import Limits
 from memdesc.services.logs import log
@@ -98,7 +99,7 @@ class Succeeded(Accepting):
             early.setblocking(False)
             with contextlib.suppress(OSError):  # it has gone already
                 early.send(protocol.encode(protocol.Moved()), sockets.MSG_NOSIGNAL)
-            hang_up(early)
+            close_socket(early)
 
     def _ending(self) -> None:
         super()._ending()

@@ -73,7 +73,7 @@ def _take_over(name: str, for_all: bool, until: float) -> Inheritance:
         _, fds = old.request(
             protocol.TakeOver(old.next_id()), protocol.HandedOver, timeout=PATIENCE
         )
-        sock = _listening(fds)
+        sock = _listening(fds, user)
         inheritance = None
         try:
             listener = folder.Listener(name, for_all=for_all, inherited=sock)
@@ -90,21 +90,21 @@ def _take_over(name: str, for_all: bool, until: float) -> Inheritance:
         return inheritance
 
 
-def _listening(fds: list[int]) -> sockets.socket:
+def _listening(fds: list[int], user: int) -> sockets.socket:
     """Make a socket of what came, which must be one that listens as ours do."""
     if len(fds) != 1:
-        discard(fds)
+        discard(fds, user)
         raise ProtocolError(f"{len(fds)} descriptors came for one socket", errno=errno.EPROTO)
     try:
         sock = sockets.socket(fileno=fds[0])
     except OSError as error:
-        discard(fds)
+        discard(fds, user)
         raise ProtocolError("what came is no socket", errno=errno.EPROTO) from error
     listens = False
     with contextlib.suppress(OSError):
         listens = bool(sock.getsockopt(sockets.SOL_SOCKET, sockets.SO_ACCEPTCONN))
     if (sock.family, sock.type) != (sockets.AF_UNIX, sockets.SOCK_SEQPACKET) or not listens:
-        sock.close()
+        discard([sock.detach()], user)
         raise ProtocolError("what came is no socket that listens", errno=errno.EPROTO)
     sock.setblocking(False)
     return sock
@@ -118,7 +118,7 @@ def _opened(old: Connection) -> list[tuple[protocol.Share, ReceivedMemoryDescrip
             question = protocol.OpenShare(old.next_id(), share.name)
             with contextlib.suppress(ShareNotFoundError):  # it was unshared meanwhile
                 answer, fds = old.request(question, protocol.Opened, timeout=PATIENCE)
-                found.append((answer.share, unpack(answer.portable, fds)))
+                found.append((answer.share, unpack(answer.portable, fds, user=os.geteuid())))
     except BaseException:
         for _, descriptor in found:
             descriptor.close()

@@ -194,7 +194,7 @@ class Task:
         if sock.family != sockets.AF_UNIX:
             raise InvalidArgument("only a Unix socket tells whose task the peer is: give one")
         doing = "tell whose task is the socket's peer"
-        pid, uid, gid = _peer_credentials(sock)
+        pid, uid, gid = peer_credentials(sock)
         pidfd = _peer_pidfd(sock, doing)
         task = cls(_check_pid(pid, doing)) if pidfd is None else cls.from_pidfd(pidfd)
         task.credentials = Credentials(task.pid, uid, gid)
@@ -409,7 +409,8 @@ def _pidfd_open(pid: int) -> int:
         raise _call_failed(doing, error) from error
 
 
-def _peer_credentials(sock: sockets.socket) -> tuple[int, int, int]:
+def peer_credentials(sock: sockets.socket) -> tuple[int, int, int]:
+    """The pid, effective user and group of the other end when it connected, or began to listen."""
     try:
         raw = sock.getsockopt(sockets.SOL_SOCKET, sockets.SO_PEERCRED, _UCRED.size)
     except OSError as error:

@@ -24,7 +24,7 @@ from pathlib import Path
 from memdesc.errors import MappingError, MappingReason, MemdescError, PeerGoneError
 from memdesc.handover.holder import TOKEN, Holder
 from memdesc.handover.transit import Link
-from memdesc.memory.closing import close_all, discard
+from memdesc.memory.closing import close_all
 from memdesc.vm.forks import lock_for, tell_child
 
 MOST = 1024
@@ -70,7 +70,7 @@ class Inbox(Holder):
         # Their numbers tell how many this process has: half of what it may have is for others.
         crowded = max(fds) > resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
         if crowded or now < self._rests_until or self.counts().handles >= MOST:
-            discard(fds)
+            close_all(fds)  # memory: the holder has looked
             raise MappingError(
                 "this inbox takes nothing now: it is full, its process has many descriptors, or "
                 "could not open what came before",

@@ -314,7 +314,7 @@ def load_descriptor(header: Mapping[str, Any], frames: Frames) -> ReceivedMemory
 def _take(frames: Frames) -> tuple[ReceivedMemoryDescriptor, Form | None]:
     (frame,) = frames
     handle = msgspec.msgpack.decode(frame, type=Handle)
-    return unpack(handle.portable, ends.take(handle.token)), handle.form
+    return unpack(handle.portable, ends.take(handle.token), user=os.geteuid()), handle.form
 
 
 def _received(header: Mapping[str, Any], frames: Frames) -> ReceivedMemoryDescriptor:
@@ -323,7 +323,8 @@ def _received(header: Mapping[str, Any], frames: Frames) -> ReceivedMemoryDescri
     name, direction = str(header["name"]), Direction(header["direction"])
     with BufferMemoryDescriptor(data.nbytes, direction=direction, name=name) as buffer:
         buffer.write_bytes(0, data)
-        received = unpack(*pack(buffer, Access.READ_ONLY, enforced=True, user=os.geteuid()))
+        user = os.geteuid()
+        received = unpack(*pack(buffer, Access.READ_ONLY, enforced=True, user=user), user=user)
     if header[KEY] != "bytes":
         received.close()
     return received

@@ -302,7 +302,7 @@ def _read(task: Task, form: Form, answer: protocol.Returned, fds: list[int]) -> 
     if count_files(answer.memory) != len(fds) or any(
         isinstance(one, Lent) for one in answer.memory
     ):
-        discard(fds)
+        discard(fds, task.credentials.uid)
         raise ProtocolError(
             f"task {task.pid} answered with {len(fds)} descriptors, and memory that is not theirs",
             errno=errno.EPROTO,

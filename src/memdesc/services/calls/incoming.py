@@ -92,7 +92,7 @@ class Incoming:
             for one in memory:
                 if isinstance(one, Given):
                     own, left = left[: one.files], left[one.files :]
-                    self._memory.append(unpack(one.portable, own))
+                    self._memory.append(unpack(one.portable, own, user=task.credentials.uid))
                 else:
                     self._memory.append(
                         AddressRangeDescriptor(
@@ -100,7 +100,7 @@ class Incoming:
                         )
                     )
         except BaseException:
-            discard(left)
+            discard(left, task.credentials.uid)
             raise
 
     def descriptor(self, place: int) -> MemoryDescriptor:

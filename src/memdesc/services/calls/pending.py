@@ -33,6 +33,7 @@ class PendingCall(Future[Any]):
         self, connection: CallsTo, number: int, read: Callable[[Any, list[int]], Any]
     ) -> None:
         self.fds: list[int] = []
+        self._user = connection.task.credentials.uid
         super().__init__()
         self._condition = Condition()  # type: ignore[assignment]
         self.number = number
@@ -112,7 +113,7 @@ class PendingCall(Future[Any]):
 
     def _drop(self) -> None:
         fds, self.fds = self.fds, []
-        discard(fds)
+        discard(fds, self._user)
 
     def __del__(self) -> None:
         if self.fds:  # nobody asked for the result

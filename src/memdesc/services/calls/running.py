@@ -108,7 +108,7 @@ class Running:
     def _dismiss(self, error: MemdescError) -> None:
         """Answer a call that is not done."""
         fds, self._fds = self._fds, []
-        discard(fds)
+        discard(fds, self._client.task.credentials.uid)
         self._fail(error)
 
     # -- where handlers run ----------------------------------------------------------------------

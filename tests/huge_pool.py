@@ -21,11 +21,13 @@ from memdesc.memory.page_kinds import meminfo
 
 POOL = Path("/proc/sys/vm/nr_hugepages")
 TURN = POOL.with_name("nr_overcommit_hugepages")
-"""Its lock is had by who is next: else those who share the pool would come before who wants it
-alone for ever, as among them somebody always has it."""
+"""Locked by who waits for the pool to be alone with it."""
 
-PATIENCE = 60
+PATIENCE = 60.0
 """Seconds: half of what a test may take."""
+
+COURTESY = 2.0
+"""Seconds that others wait then before they begin. Else somebody would always have the pool."""
 
 
 def free_pages() -> int:
@@ -48,30 +50,34 @@ def pool_as_it_is() -> Iterator[None]:
     except OSError:  # no pool on this system, so none to be changed
         yield
         return
-    fcntl.flock(turn, fcntl.LOCK_EX)
+    if _lock(turn, fcntl.LOCK_SH, COURTESY):
+        fcntl.flock(turn, fcntl.LOCK_UN)
     fcntl.flock(pool, fcntl.LOCK_SH)
-    fcntl.flock(turn, fcntl.LOCK_UN)
     try:
         yield
     finally:
         fcntl.flock(pool, fcntl.LOCK_UN)
 
 
-def _have_alone(pool: int, turn: int) -> None:
-    fcntl.flock(pool, fcntl.LOCK_UN)  # before it waits: who is next waits for it
-    fcntl.flock(turn, fcntl.LOCK_EX)
-    try:
-        until = time.monotonic() + PATIENCE
-        while True:
-            try:
-                fcntl.flock(pool, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    pytest.skip(f"other tests have held on to the pool for {PATIENCE} s")
+def _lock(file: int, how: int, seconds: float) -> bool:
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, how | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
             time.sleep(0.005)
-    finally:
-        fcntl.flock(turn, fcntl.LOCK_UN)
+        else:
+            return True
+
+
+def _have_alone(pool: int, turn: int) -> None:
+    fcntl.flock(pool, fcntl.LOCK_UN)
+    had = _lock(turn, fcntl.LOCK_EX, PATIENCE / 2) and _lock(pool, fcntl.LOCK_EX, PATIENCE / 2)
+    fcntl.flock(turn, fcntl.LOCK_UN)
+    if not had:
+        pytest.skip(f"other tests held on to the pool of huge pages for {PATIENCE / 2} s")
 
 
 @contextmanager

@@ -347,11 +347,15 @@ def test_a_catalogue_that_lies_of_its_content_is_seen_through() -> None:
 
 
 def test_those_who_look_after_it_are_told() -> None:
+    from click.testing import CliRunner
+
+    from memdesc.cli.commands import memdesc
+
     with md.Service("market") as market:
         market.share("trades", arrow.to_descriptor(TRADES), content="arrow")
-        command = [*SERVE[:-2], "ls", "--json", "market"]
-        done = subprocess.run(command, capture_output=True, timeout=60, check=True)
-        assert b'"content": "arrow"' in done.stdout
+        done = CliRunner().invoke(memdesc, ["ls", "--json", "market"])
+    assert done.exit_code == 0
+    assert '"content": "arrow"' in done.output
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from huge_pool import huge_pages
 
 import memdesc as md
 from memdesc import files
+from memdesc.descriptors.homes import lies_immutable
 from memdesc.dma import DirectFile, Way
 from memdesc.files import loading
 from memdesc.testing import failing
@@ -291,6 +292,17 @@ def test_wired(open_folder: Path) -> None:
     found = files.load(path, wired=True)
     assert (found.descriptor.prepare_count, found.descriptor.copied_bytes) == (1, 0)
     assert (found.arrays()["a"] == counting(128 << 10)).all()
+
+
+def test_what_can_not_be_made_immutable_in_place_is_copied_and_said(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.npy", counting(MIB))
+    with failing("move_memory", errno.ENOMEM) as fault:
+        found = files.load(path)
+    assert fault.failures == 1
+    assert found.descriptor.reason is md.SnapshotReason.NO_MEMORY
+    assert found.reasons[-1].endswith(md.SnapshotReason.NO_MEMORY.value)
+    assert lies_immutable(found.arrays()["a"])
+    assert (found.arrays()["a"] == counting(MIB)).all()
 
 
 @pytest.mark.alone

@@ -51,7 +51,7 @@ class Loaded:
     way : memdesc.dma.Way or None
         The best way that any went; None where all was unpacked.
     reasons : tuple of str
-        Why no better way was taken.
+        Why no better way was taken, or all was copied once more to become immutable.
     seconds : float
         From the first byte that was read to the last.
     page_kind, huge_bytes
@@ -164,6 +164,10 @@ def load(
         identities = tuple(file.identity for file in opened)
         kind, huge_bytes = buffer.page_kind, buffer.huge_bytes
         frozen = _freeze(buffer, wired=wired)
+        if frozen.reason is not None:
+            reading.reasons.append(
+                f"{frozen.copied_bytes:,} bytes were copied to be immutable: {frozen.reason.value}"
+            )
         buffer.close()
         stack.pop_all()
         for file in opened:

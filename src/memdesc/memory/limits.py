@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 
 from memdesc.errors import AllocationError, PageKindError
-from memdesc.memory.page_kinds import PageKind, huge_page_size, meminfo
+from memdesc.memory.page_kinds import PageKind, huge_page_size, mem_available, meminfo
 from memdesc.records import record
 from memdesc.vm.cgroups import memory_cgroups
 
@@ -31,8 +31,8 @@ def available(pages: PageKind = PageKind.BASE) -> Available:
     Linux: MemAvailable and the memory cgroups above this process (v1 and v2; the file cache of
     a cgroup counts as available), or HugePages_Free less HugePages_Rsvd. Needs no privilege.
     """
-    info = meminfo()
     if pages is PageKind.HUGE:
+        info = meminfo()
         free = info.get("HugePages_Free", 0) - info.get("HugePages_Rsvd", 0)
         return Available(
             free * huge_page_size(),
@@ -40,7 +40,7 @@ def available(pages: PageKind = PageKind.BASE) -> Available:
             "raise vm.nr_hugepages, or use base pages",
         )
     tightest = Available(
-        info["MemAvailable"], "the machine's MemAvailable", "free memory or ask for less"
+        mem_available(), "the machine's MemAvailable", "free memory or ask for less"
     )
     for group in memory_cgroups():
         if group.limit is None:

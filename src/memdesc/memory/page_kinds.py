@@ -72,6 +72,11 @@ def transparent_page_size() -> int:
         return 0
 
 
+def mem_available() -> int:
+    """MemAvailable of /proc/meminfo, in bytes: each allocation asks for this line alone."""
+    return int(read_text(_MEMINFO).partition("\nMemAvailable:")[2].partition("kB")[0]) << 10
+
+
 def meminfo() -> dict[str, int]:
     """/proc/meminfo with every size in bytes, the HugePages_* lines in pages."""
     values = {}

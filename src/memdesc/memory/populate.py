@@ -91,7 +91,8 @@ def populate_huge(address: int, length: int) -> None:
 
 def workers_for(length: int, worth: int) -> int:
     """Tell how many threads such a length is worth, given what it is for one; 0 if none."""
-    return min(len(os.sched_getaffinity(0)), _MOST_WORKERS, length // worth)
+    most = min(_MOST_WORKERS, length // worth)
+    return min(len(os.sched_getaffinity(0)), most) if most > 1 else most
 
 
 def _populating(address: int) -> Work:

@@ -115,7 +115,13 @@ class Task:
             )
         self._hold(_pidfd_open(number), number, start_time)
 
-    def _hold(self, pidfd: int, pid: int, start_time: int | None) -> None:
+    def _hold(
+        self,
+        pidfd: int,
+        pid: int,
+        start_time: int | None = None,
+        credentials: Credentials | None = None,
+    ) -> None:
         """Take ownership of `pidfd` (closed if this fails) and learn whom it holds."""
         self._pidfd = pidfd
         self.pid = pid
@@ -123,7 +129,9 @@ class Task:
             doing = f"look at task {pid}"
             self.start_time = _parse_start_time(self.read_proc("stat", doing))
             self._check_start_time(start_time, doing)
-            self.credentials = _parse_credentials(pid, self.read_proc("status", doing))
+            self.credentials = credentials or _parse_credentials(
+                pid, self.read_proc("status", doing)
+            )
         except BaseException:
             self.close()
             raise
@@ -157,6 +165,10 @@ class Task:
         NotPrivilegedError
             Its process has no pid in this process's pid namespace (EPERM).
         """
+        return cls._from_pidfd(pidfd)
+
+    @classmethod
+    def _from_pidfd(cls, pidfd: int, user: tuple[int, int] | None = None) -> Task:
         try:
             shown = _pid_of_pidfd(pidfd)
         except InvalidArgument:
@@ -171,7 +183,7 @@ class Task:
         except BaseException:
             task.close()
             raise
-        task._hold(pidfd, pid, None)
+        task._hold(pidfd, pid, credentials=None if user is None else Credentials(pid, *user))
         return task
 
     @classmethod
@@ -196,7 +208,9 @@ class Task:
         doing = "tell whose task is the socket's peer"
         pid, uid, gid = peer_credentials(sock)
         pidfd = _peer_pidfd(sock, doing)
-        task = cls(_check_pid(pid, doing)) if pidfd is None else cls.from_pidfd(pidfd)
+        if pidfd is not None:
+            return cls._from_pidfd(pidfd, (uid, gid))
+        task = cls(_check_pid(pid, doing))
         task.credentials = Credentials(task.pid, uid, gid)
         return task
 
@@ -363,8 +377,7 @@ def _pid_of_pidfd(pidfd: int) -> int:
     """Give the pid that /proc/self/fdinfo shows for a pidfd."""
     doing = f"make a task of file descriptor {pidfd}"
     try:
-        with open(f"/proc/self/fdinfo/{pidfd}", "rb") as file:
-            text = file.read()
+        text = read_file(f"/proc/self/fdinfo/{pidfd}")
     except FileNotFoundError as error:
         raise InvalidArgument(f"cannot {doing}: it is not open", errno=errno.EBADF) from error
     except OSError as error:

@@ -4,10 +4,9 @@ Whole processes, started one after the other in turns and timed from outside:
 
 * nothing: `python -c pass`;
 * memdesc: `import memdesc`, which brings the face alone;
-* a buffer: the face, and the first `BufferMemoryDescriptor`, which brings what that needs. For
-  comparison, as the next two; nothing is asked of it;
-* a service: `memdesc.Service`, which brings msgspec;
-* numpy: `import numpy`.
+* a buffer: the first `BufferMemoryDescriptor`, made and let go, with all that it brings;
+* a connection, a service: `memdesc.connect` and `memdesc.Service` looked up, which bring msgspec;
+* for comparison SharedMemory, made and destroyed; `multiprocessing.connection`; msgspec; numpy.
 
 What holds: the median of what `import memdesc` takes more than the nothing of the same round is at
 most 30 ms, and NumPy is not imported. The time is that on the wall; the CPU's, which a busy machine
@@ -29,8 +28,13 @@ from common import finish, summary
 WAYS = {
     "nothing": "pass",
     "memdesc": "import memdesc",
-    "a buffer": "import memdesc; memdesc.BufferMemoryDescriptor",
+    "a buffer": "import memdesc; memdesc.BufferMemoryDescriptor(4096).close()",
+    "a connection": "import memdesc; memdesc.connect",
     "a service": "import memdesc; memdesc.Service",
+    "SharedMemory": "from multiprocessing.shared_memory import SharedMemory as S; "
+    "s = S(create=True, size=4096); s.close(); s.unlink()",
+    "mp.connection": "import multiprocessing.connection",
+    "msgspec": "import msgspec",
     "numpy": "import numpy",
 }
 IGNORED = ("PYTHONDONTWRITEBYTECODE", "PYTHONPROFILEIMPORTTIME", "MEMDESC_DEBUG")
@@ -96,7 +100,7 @@ def main() -> None:
     for way, row in results.items():
         wall, more, cpu = row["wall_ms"], row["more_wall_ms"], row["more_cpu_ms"]
         print(
-            f"{way:10} {wall['median']:6.1f} ms   {more['median']:6.1f} ms more "
+            f"{way:13} {wall['median']:6.1f} ms   {more['median']:6.1f} ms more "
             f"({more['p10']:.1f} to {more['p90']:.1f}), of the CPU {cpu['median']:6.1f} ms"
         )
     brought = modules()

@@ -30,6 +30,8 @@ import memdesc as md  # noqa: E402
 from memdesc.descriptors.homes import home_at  # noqa: E402
 from memdesc.handover import reducers  # noqa: E402
 from memdesc.interop import arrow, multiprocessing as handles  # noqa: E402
+from memdesc.interop.multiprocessing import tables  # noqa: E402
+from memdesc.records import replace  # noqa: E402
 
 METHODS = multiprocessing.get_all_start_methods()
 NOTHING = handles.Transit(0, 0, 0)
@@ -282,6 +284,22 @@ def test_what_can_not_be_sent_or_had_is_said(installed: None) -> None:
     with pytest.raises(handles.HandleLostError) as lost:  # a handle is for one receiver
         ForkingPickler.loads(form)
     assert lost.value.errno == errno.ENOENT
+
+
+def test_a_buffer_that_is_not_in_what_came_is_refused(
+    installed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = placed({"n": range(1000)}).column("n").chunk(0).buffers()[1]
+    found = home_at(ours.address, ours.size)
+    assert found is not None
+    for wrong in (-1, md.round_page(16_000), 1 << 62):
+        home = replace(found, offset=wrong)
+        with monkeypatch.context() as patch:
+            patch.setattr(tables, "home_at", lambda *_, home=home: home)
+            form = dumped(ours)
+        with pytest.raises(handles.HandleLostError) as lost:
+            ForkingPickler.loads(form)
+        assert lost.value.errno == errno.EPROTO
 
 
 def test_plain_pickle_copies(installed: None) -> None:

@@ -8,6 +8,7 @@ memory, such as bitmaps that PyArrow computed, go by value beside them.
 
 from __future__ import annotations
 
+import errno
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from memdesc.descriptors.base import MemoryDescriptor
 from memdesc.descriptors.homes import home_at, span_of
 from memdesc.errors import ClosedError, MappingError, MappingReason
 from memdesc.handover import reducers
-from memdesc.handover.reducers import Handle
+from memdesc.handover.reducers import Handle, HandleLostError
 from memdesc.interop.multiprocessing import by_value, receive, see_types
 from memdesc.vm.pages import Access
 
@@ -61,11 +62,12 @@ def reduce_buffer(buffer: pa.Buffer) -> Any:
     return _rebuild, (memory, home.offset, home.length)
 
 
-def _take(header: bytes, address: bytes, token: bytes) -> tuple[Any, int]:
-    """Map what came: (what keeps it, the address of its first byte)."""
+def _take(header: bytes, address: bytes, token: bytes) -> tuple[Any, int, int]:
+    """Map what came: (what keeps it, the address of its first byte, bytes from there on)."""
     see_types()  # of a process that installed before it had PyArrow
     keeper, start = receive(Handle(header, address, token), "the memory of a table")
-    return keeper, span_of(keeper)[0] + start
+    first, nbytes = span_of(keeper)
+    return keeper, first + start, nbytes - start
 
 
 def _rebuild(memory: Any, offset: int, length: int) -> pa.Buffer:
@@ -73,5 +75,10 @@ def _rebuild(memory: Any, offset: int, length: int) -> pa.Buffer:
 
     if isinstance(memory, bytes):
         return pa.py_buffer(memory).slice(offset, length)
-    keeper, address = memory
+    keeper, address, room = memory
+    if not 0 <= offset <= room - length:
+        raise HandleLostError(
+            f"a buffer of {length:,} bytes at offset {offset:,} is not in the {room:,} that came",
+            errno=errno.EPROTO,
+        )
     return pa.foreign_buffer(address + offset, length, base=(keeper, memoryview(keeper)))

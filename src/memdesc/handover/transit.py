@@ -96,9 +96,11 @@ class Link:
 
     def _connected(self) -> sockets.socket:
         sock = self._sock
-        if sock is not None and not self.closed:
-            return sock
-        self._sock = None  # it is not closed: who wants it waits for this attempt
+        if sock is not None:
+            if not self.closed:
+                return sock
+            sock.close()
+        self._sock = None  # so it is not `closed`: who wants it waits for this attempt
         sock = sockets.socket(sockets.AF_UNIX, sockets.SOCK_SEQPACKET)
         try:
             sock.settimeout(self._patience)
@@ -273,7 +275,7 @@ class Ways:
 
     def _link(self, address: bytes) -> Link:
         link = self._links.get(address)
-        if link is None or link.closed:
+        if link is None:
             # Many a sender was a holder, and has ended.
             self._links = {at: known for at, known in self._links.items() if not known.closed}
             link = self._links[address] = Link(address)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from types import FunctionType
-from typing import Any, TypeVar, dataclass_transform, overload
+from typing import Any, TypeVar, cast, dataclass_transform, overload
 
 _Kind = TypeVar("_Kind", bound=type)
 _Record = TypeVar("_Record")
@@ -45,6 +45,12 @@ def replace(given: _Record, /, **changes: object) -> _Record:
         changes.setdefault(name, getattr(given, name))
     changed: _Record = kind(**changes)
     return changed
+
+
+def types_of(given: object) -> dict[str, Any]:
+    """Give the names of a record's fields, and what each is annotated with."""
+    shape: _Shape = cast("Any", given).__record__
+    return dict(shape.annotations)
 
 
 class _Shape:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 from memdesc.errors import InvalidArgument
-from memdesc.records import record
+from memdesc.records import record, types_of
 from memdesc.vm.pages import check_integer
 
 
@@ -39,9 +37,9 @@ class Thresholds:
     copy_by_mapping: int | None = None
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is None and field.name != "inline":
+        for name in types_of(self):
+            value = getattr(self, name)
+            if value is None and name != "inline":
                 continue
-            if isinstance(value, bool) or check_integer(value, field.name) < 0:
-                raise InvalidArgument(f"{field.name} is {value}: give bytes, 0 or more")
+            if isinstance(value, bool) or check_integer(value, name) < 0:
+                raise InvalidArgument(f"{name} is {value}: give bytes, 0 or more")

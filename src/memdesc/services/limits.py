@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import fields
 
 from memdesc.errors import InvalidArgument
-from memdesc.records import record
+from memdesc.records import record, types_of
 from memdesc.vm.pages import check_integer
 
 
@@ -63,13 +62,13 @@ class Limits:
     events: int = 64
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is None and "None" in str(field.type):
+        for name, kind in types_of(self).items():
+            value = getattr(self, name)
+            if value is None and "None" in str(kind):
                 continue
-            if check_integer(value, field.name) < 0:
+            if check_integer(value, name) < 0:
                 raise InvalidArgument(
-                    f"{field.name} is {value}: a limit is 0 or more", errno=errno.EINVAL
+                    f"{name} is {value}: a limit is 0 or more", errno=errno.EINVAL
                 )
 
 

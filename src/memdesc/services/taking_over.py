@@ -7,7 +7,6 @@ import errno
 import os
 import socket as sockets
 import time
-from dataclasses import dataclass, field
 
 from memdesc.descriptors.received import ReceivedMemoryDescriptor
 from memdesc.errors import (
@@ -26,12 +25,12 @@ from memdesc.services.limits import Limits
 from memdesc.services.succession import PATIENCE
 
 
-@dataclass(slots=True)
 class Inheritance:
     """What a service begins with: its listening socket, and what another had shared."""
 
-    listener: folder.Listener
-    shares: list[tuple[protocol.Share, ReceivedMemoryDescriptor]] = field(default_factory=list)
+    def __init__(self, listener: folder.Listener) -> None:
+        self.listener = listener
+        self.shares: list[tuple[protocol.Share, ReceivedMemoryDescriptor]] = []
 
 
 def inherit(name: str, *, for_all: bool) -> Inheritance:

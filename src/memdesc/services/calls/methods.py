@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import inspect
 import sys
 import typing
 from collections.abc import Callable
@@ -63,6 +62,8 @@ class Method:
         )
         self.function = function
         called = _what_runs(function)
+        import inspect  # here and below, as few services have methods
+
         self.is_async = inspect.iscoroutinefunction(called)
         if self.is_async:
             import asyncio  # noqa: F401 (not later, on the I/O thread, which others wait for)
@@ -73,6 +74,8 @@ class Method:
         self._read_signature(called)
 
     def _read_signature(self, called: Any) -> None:
+        import inspect
+
         try:
             hints = typing.get_type_hints(called, include_extras=True)
         except Exception as error:
@@ -173,6 +176,8 @@ def _what_runs(function: Handler) -> Any:
     """Give the function behind a callable: it has the annotations."""
     if isinstance(function, functools.partial):
         return _what_runs(function.func)
+    import inspect
+
     return function if inspect.isroutine(function) else type(function).__call__
 
 

@@ -14,7 +14,6 @@ import msgspec
 
 from memdesc import _core
 from memdesc.copyio import bytes_of
-from memdesc.crossing import Way, thresholds, way_for
 from memdesc.descriptors.address_range import AddressRangeDescriptor, PythonBufferDescriptor
 from memdesc.descriptors.base import MemoryDescriptor
 from memdesc.descriptors.buffer import BufferMemoryDescriptor
@@ -77,6 +76,8 @@ class Outgoing:
         self._user = user
         self._lends = lends
         self._readable = lends and readable
+        from memdesc.crossing import thresholds  # here and below, as who connects need not call
+
         self._inline = min(thresholds().inline, _MOST_INLINE)
 
     def close(self) -> None:
@@ -189,6 +190,8 @@ class Outgoing:
 
     def _place(self, buffer: Any) -> int:
         """Have the receiver read the bytes of a contiguous buffer; give their place."""
+        from memdesc.crossing import Way, way_for
+
         home = descriptor_of(buffer)
         view = bytes_of(buffer)
         choice = way_for(

@@ -165,7 +165,7 @@ def test_many_items_come_in_pages() -> None:
 def test_memory_of_a_stranger_is_not_looked_for() -> None:
     with md.Service("camera") as service, md.BufferMemoryDescriptor(8192) as buffer:
         view = md.MemoryDescriptor.with_address_range(buffer.address, 100, md.Direction.OUT)
-        service.share("range", view)
+        service.share("range", view, access=md.Access.READ_ONLY, enforced=False)
         assert ask(service.path)[1][0].objects == ()
 
 

@@ -10,6 +10,10 @@ from contextlib import contextmanager, suppress
 from puppets import wait_until
 
 
+class DidNotFail(AssertionError):
+    """What was to fail did not."""
+
+
 class Local:
     """What a function that fails has."""
 
@@ -40,7 +44,8 @@ def lets_go(action: Callable[[], object], *kinds: type[BaseException], within: f
         program()
     except kinds:
         failed = True
-    assert failed, f"it did not raise {kinds}"
+    if not failed:
+        raise DidNotFail(f"it did not raise {kinds}")
     return _is_gone(seen, within)
 
 
@@ -66,7 +71,8 @@ async def lets_go_async(action: Callable[[], Awaitable[object]], *kinds: type[Ex
     except kinds:
         failed += 1
     del task
-    assert failed == 2, f"it did not raise {kinds}"
+    if failed < 2:
+        raise DidNotFail(f"it did not raise {kinds}")
     await asyncio.sleep(0)  # what the loop had to do with the task is done
     return _is_gone(seen)
 

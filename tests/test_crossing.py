@@ -398,13 +398,3 @@ def test_a_helper_that_can_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(MemdescError):
         crossing.calibrate()
-
-
-@pytest.mark.slow
-def test_the_benchmark_runs() -> None:
-    command = [sys.executable, "benchmarks/crossing.py", "--short"]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
-    )
-    assert done.returncode in (0, 1), done.stderr  # what it says of speed is the machine's
-    assert "copy_between" in done.stdout

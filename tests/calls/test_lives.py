@@ -443,6 +443,25 @@ def test_asyncio_on_both_sides() -> None:
     asyncio.run(main())
 
 
+def test_a_handler_that_has_the_service_end_answers_first() -> None:
+    async def main() -> None:
+        done = asyncio.Event()
+        async with md.Service("both") as service:
+
+            @service.method
+            async def finish() -> str:
+                done.set()
+                return "the end"
+
+            client = await md.connect_async("both")
+            pending = client.begin("finish")
+            await done.wait()
+        assert pending.result(10) == "the end"
+        client.close()
+
+    asyncio.run(main())
+
+
 def test_cancelling_the_task_that_waits_cancels_the_call(held: Any, client: md.Connection) -> None:
     async def main() -> None:
         waiting = asyncio.create_task(client.call_async("sleep", timeout=None))

@@ -13,14 +13,10 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Protocol
 
-try:
+from memdesc.vm.telling import needed
+
+with needed("memdesc.interop.prometheus", "prometheus-client", "metrics"):
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        f"memdesc.interop.prometheus needs prometheus-client ({error}): "
-        "pip install 'memdesc[metrics]'",
-        name=error.name,
-    ) from error
 
 from memdesc import wiring
 from memdesc.alloc import zprint

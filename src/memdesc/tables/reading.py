@@ -11,6 +11,7 @@ from memdesc.copyio import bytes_of
 from memdesc.descriptors.homes import lies_immutable
 from memdesc.errors import InvalidArgument, SealedError
 from memdesc.tables.messages import FILE_MAGIC, look
+from memdesc.vm.telling import needed
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -22,12 +23,8 @@ when_imported: list[Callable[[], object]] = []
 
 def import_pyarrow() -> Any:
     """Import PyArrow, or say what to install."""
-    try:
+    with needed("a table of Arrow", "PyArrow", "arrow"):
         import pyarrow
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"Arrow tables need PyArrow ({error}): pip install 'memdesc[arrow]'", name=error.name
-        ) from error
     for call in when_imported:
         call()
     return pyarrow

@@ -47,6 +47,15 @@ def explains(tell: Callable[Concatenate[Exception, _P], None]) -> Callable[_P, _
     return block
 
 
+@explains
+def needed(error: Exception, what: str, library: str, extra: str) -> None:
+    """Say how to have a library that is imported in the block, where it is not installed."""
+    if isinstance(error, ModuleNotFoundError):
+        raise ModuleNotFoundError(
+            f"{what} needs {library} ({error}): pip install 'memdesc[{extra}]'", name=error.name
+        ) from error
+
+
 def bare(error: _E) -> _E:
     """Take the traceback off an error that is kept or given, and off all that led to it."""
     left: list[BaseException | None] = [error]

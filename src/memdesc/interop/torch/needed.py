@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-try:
+from memdesc.vm.telling import needed
+
+with needed("memdesc.interop.torch", "PyTorch", "torch"):
     import torch
     from torch.utils import _pytree as pytree
     from torch.utils.data import DataLoader, default_collate
@@ -10,10 +12,5 @@ try:
         collate,
         default_collate_fn_map,
     )
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        f"memdesc.interop.torch needs PyTorch ({error}): pip install 'memdesc[torch]'",
-        name=error.name,
-    ) from error
 
 __all__ = ["DataLoader", "collate", "default_collate", "default_collate_fn_map", "pytree", "torch"]

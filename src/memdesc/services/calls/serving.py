@@ -178,7 +178,12 @@ class Calling(Accepting):
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        self.close()
+        import asyncio
+
+        try:
+            await asyncio.sleep(0)  # a handler that woke who leaves answers first
+        finally:
+            self.close()
 
     def forked(self) -> None:
         """In a fork child: the threads stay the parent's."""

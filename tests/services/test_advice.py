@@ -18,6 +18,8 @@ from memdesc.errors import (
     InvalidArgument,
     MethodNotFoundError,
     PeerGoneError,
+    RangeError,
+    ServiceNotFoundError,
     ShareNotFoundError,
     TimedOutError,
 )
@@ -208,6 +210,55 @@ def test_what_is_of_this_process_is_not_pickled(service, client):
             pickle.dumps(one)
     with md.connect("advice", reconnect=True) as again, pytest.raises(TypeError, match="connect"):
         pickle.dumps(again)
+
+
+def test_a_service_that_is_not_there_leads_to_those_that_are(service):
+    def told(name: str) -> str:
+        with pytest.raises(ServiceNotFoundError) as caught:
+            md.connect(name, timeout=0)
+        assert caught.value.errno == errno.ENOENT
+        return str(caught.value)
+
+    with md.Service("another"):
+        assert "there is 'advice', 'another'" in told("advise")
+    assert "there is" not in told("./advise")  # a path, of whatever folder
+    service.close()
+    assert "there is" not in told("advise")
+
+
+def test_what_was_ended_says_by_what_and_what_to_do(service, client):
+    memory = md.BufferMemoryDescriptor(100, name="frames")
+    mapping = memory.map()
+    with pytest.raises(RangeError, match="room for 25 such elements") as caught:
+        mapping.array(26, "f4")
+    assert caught.value.errno == errno.EINVAL
+    mapping.unmap()
+    for use in (mapping.array, lambda: memoryview(mapping), mapping.wire):
+        with pytest.raises(ClosedError, match=r"100 bytes at 0x[0-9a-f]+ was unmapped.*map again"):
+            use()
+    memory.close()
+    for use in (memory.map, memory.array, lambda: service.share("x", memory)):
+        with pytest.raises(ClosedError, match="BufferMemoryDescriptor 'frames' was closed"):
+            use()
+    client.close()
+    with pytest.raises(ClosedError, match="connect again"):
+        client.map("frames")
+    with md.Service("lonely") as lonely, pytest.raises(TimedOutError, match="lonely") as late:
+        lonely.wait_client(0)
+    assert late.value.errno == errno.ETIMEDOUT
+
+
+def test_a_socket_whose_other_end_is_closed_is_told_with_what_was_tried():
+    memory = md.BufferMemoryDescriptor(100)
+    for what, use in (
+        ("sending", lambda one: md.send_descriptor(one, memory)),
+        ("receiving", md.receive_descriptor),
+    ):
+        ours, theirs = sockets.socketpair()
+        theirs.close()
+        with ours, pytest.raises(PeerGoneError, match=what) as caught:
+            use(ours)
+        assert caught.value.errno in (errno.EPIPE, errno.ECONNRESET)
 
 
 def test_names_of_services():

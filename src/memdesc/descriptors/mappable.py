@@ -78,7 +78,10 @@ class Mappable(_core.Exporter, ABC):
 
     def _check_open(self) -> None:
         if self._closed:
-            raise ClosedError(f"{self.name!r} was closed")
+            raise ClosedError(
+                f"{type(self).__name__} {self.name!r} was closed, by close() or the end of its "
+                "with block: make a new one; mappings and views that exist stay"
+            )
 
     def map(
         self,

@@ -14,7 +14,13 @@ from collections.abc import Sequence
 
 from memdesc.descriptors.base import MemoryDescriptor
 from memdesc.descriptors.received import ReceivedMemoryDescriptor
-from memdesc.errors import InvalidArgument, PeerGoneError, ProtocolError, TimedOutError
+from memdesc.errors import (
+    InvalidArgument,
+    PeerGoneError,
+    ProtocolError,
+    TimedOutError,
+    describe_errno,
+)
 from memdesc.handover.forms import MAX_OBJECTS, pack, portable_type, unpack
 from memdesc.memory.closing import check_held_up, close_all, discard
 from memdesc.vm.pages import Access
@@ -134,9 +140,11 @@ def send_with_fds(sock: sockets.socket, data: bytes, fds: Sequence[int]) -> None
             errno=errno.ETIMEDOUT,
         ) from error
     except (BrokenPipeError, ConnectionResetError) as error:
-        raise PeerGoneError(f"sending: the other side has gone ({error})", errno=error.errno) from (
-            error
-        )
+        raise PeerGoneError(
+            f"sending {len(data)} bytes: the other side has closed its socket, or has ended "
+            f"({describe_errno(error)})",
+            errno=error.errno,
+        ) from error
 
 
 def receive_with_fds(sock: sockets.socket, most: int, least: int) -> tuple[bytes, list[int]]:
@@ -167,13 +175,15 @@ def receive_with_fds(sock: sockets.socket, most: int, least: int) -> tuple[bytes
                     errno=errno.EMFILE,
                 )
             if not piece:
-                raise PeerGoneError("the other side has gone", errno=errno.ECONNRESET)
+                raise _nobody_sends(errno.ECONNRESET)
     except (TimeoutError, BlockingIOError) as error:
         discard(fds, user)
-        raise TimedOutError("nothing came in time", errno=errno.ETIMEDOUT) from error
+        raise TimedOutError(
+            "receiving: the other side sent nothing in time", errno=errno.ETIMEDOUT
+        ) from error
     except ConnectionResetError as error:
         discard(fds, user)
-        raise PeerGoneError("the other side has gone", errno=error.errno) from error
+        raise _nobody_sends(error.errno) from error
     except BaseException:
         discard(fds, user)
         raise
@@ -210,3 +220,10 @@ def _descriptors_in(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
         if (level, kind) == (sockets.SOL_SOCKET, sockets.SCM_RIGHTS):
             fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
     return list(fds)
+
+
+def _nobody_sends(number: int | None) -> PeerGoneError:
+    return PeerGoneError(
+        "receiving: the other side closed its socket, or ended, before it sent all of it",
+        errno=number,
+    )

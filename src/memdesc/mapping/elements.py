@@ -111,7 +111,8 @@ def fit(
     if count * itemsize > room:
         raise RangeError(
             f"an array of shape {shape} and dtype {dtype} takes {count * itemsize:,} bytes, "
-            f"{room:,} are there",
+            f"{room:,} are there, which have room for {room // itemsize:,} such elements: give a "
+            "smaller shape, or another dtype",
             errno=errno.EINVAL,
         )
     return shape, count

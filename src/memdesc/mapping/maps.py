@@ -157,7 +157,10 @@ class LocalMemoryMap(MemoryMap, GivesArrays, _core.Exporter):
     def _export(self) -> _core.Window | memoryview:
         window = self._window
         if window is None:
-            raise ClosedError(f"the mapping at {self.address:#x} was unmapped")
+            raise ClosedError(
+                f"the mapping of {self.length:,} bytes at {self.address:#x} was unmapped, by "
+                "unmap() or the end of its with block: map again, or keep the array instead"
+            )
         return window
 
     def part(self, offset: int, length: int, access: Access) -> LocalMemoryMap | None:

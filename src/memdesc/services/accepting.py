@@ -159,7 +159,8 @@ class Accepting:
 
     def _no_client(self, timeout: float | None) -> TimedOutError:
         return TimedOutError(
-            f"no client connected to service {self.name!r} within {timeout} s",
+            f"no client connected to service {self.name!r} within {timeout} s: is one started, "
+            f"and does it look for {self._listener.path}?",
             errno=errno.ETIMEDOUT,
         )
 

@@ -109,7 +109,10 @@ class Channel:
             return  # in a fork child always: the loop that we know is the parent's
         self._loop.run(
             lambda: self._end(
-                ClosedError(f"the connection to task {self.task.pid} was closed here")
+                ClosedError(
+                    f"the connection to task {self.task.pid} was closed here, by close() or the "
+                    "end of its with block: connect again; what was mapped over it stays"
+                )
             )
         )
 

@@ -20,6 +20,7 @@ from memdesc.services.arrays import ArraysOf
 from memdesc.services.calls.calling import CallsTo
 from memdesc.services.limits import Limits, check_limits
 from memdesc.services.listening import Listening
+from memdesc.services.offers import tell_names
 from memdesc.services.opening import QueuedTo
 from memdesc.services.subscribing import Subscribing
 from memdesc.vm.awaiting import in_thread
@@ -260,7 +261,7 @@ def _reach(
                     ) from error
                 raise ServiceNotFoundError(
                     f"no service {name!r} appeared within {timeout} s (no one listens at {path}): "
-                    "start it, or check the name and MEMDESC_RUNTIME_DIR",
+                    f"start it, or check the name{_others(name)} and MEMDESC_RUNTIME_DIR",
                     errno=error.errno,
                 ) from error
         except PermissionError as error:
@@ -277,3 +278,9 @@ def _reach(
             raise
         time.sleep(pause)
         pause = min(pause * 1.5, _LONGEST_PAUSE)
+
+
+def _others(name: str) -> str:
+    """Tell of the services that there are, where one is not."""
+    found = [] if "/" in name else [one for one in folder.living_names() if one != name]
+    return f" (there is {tell_names(name, found)})" if found else ""

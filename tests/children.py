@@ -69,6 +69,20 @@ def start(function: Callable[..., object], *arguments: Any) -> int:
         os._exit(code)
 
 
+def is_idle(pid: int) -> bool:
+    """Whether a process sleeps, and does nothing for half a second."""
+
+    def spent() -> tuple[str, int]:
+        with open(f"/proc/{pid}/stat") as stat:
+            fields = stat.read().rpartition(")")[2].split()
+        return fields[0], int(fields[11]) + int(fields[12])
+
+    _, before = spent()
+    time.sleep(0.5)
+    state, after = spent()
+    return state == "S" and after - before < os.sysconf("SC_CLK_TCK") // 20
+
+
 def finish(pid: int) -> int:
     """Wait for a child: its exit code; negative: the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

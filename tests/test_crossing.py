@@ -32,7 +32,6 @@ from memdesc.vm.pages import Direction
 SIZES = Thresholds(inline=100, mapping=1000, copy_on_write=2000, copy_by_mapping=5000)
 NEVER = Thresholds(inline=100, mapping=None, copy_on_write=None)
 OUT, IN, OUT_IN = Direction.OUT, Direction.IN, Direction.OUT_IN
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -241,14 +241,12 @@ def strange(path: Path, answer: Any) -> Iterator[None]:
             except OSError:
                 return
             with one:
-                while data := one.recv(4096):
-                    said = answer(protocol.decode(data).id) if callable(answer) else answer
-                    if not said:
-                        break
-                    try:
+                with suppress(OSError):  # it has heard enough, perhaps of what is not sent yet
+                    while data := one.recv(4096):
+                        said = answer(protocol.decode(data).id) if callable(answer) else answer
+                        if not said:
+                            break
                         one.send(said)
-                    except OSError:
-                        break
 
     thread = threading.Thread(target=serve)
     if answer is not None:

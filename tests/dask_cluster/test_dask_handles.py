@@ -216,7 +216,8 @@ def test_an_inbox_that_is_resting(here: Context) -> None:
 def test_a_name_that_another_user_took(here: Context) -> None:
     if not capability(CAP_SETUID):
         pytest.skip("becoming another user needs CAP_SETUID")
-    address = b"\0memdesc-dask-" + b"f" * 32
+    token = os.urandom(16).hex()
+    address = b"\0memdesc-dask-" + token.encode()
     ready, told = os.pipe()
 
     def squat() -> None:
@@ -231,7 +232,7 @@ def test_a_name_that_another_user_took(here: Context) -> None:
     child = threading.Thread(target=in_child, args=(squat,), kwargs={"before": _become_nobody})
     child.start()
     os.read(ready, 1)
-    _refused(_context("f" * 32))
+    _refused(_context(token))
     child.join()
     os.close(ready)
     os.close(told)

@@ -14,7 +14,8 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from children import finish, kill, start
+from children import finish, is_idle, kill, start
+from puppets import wait_until
 
 import memdesc as md
 from memdesc.queues import notification_pair
@@ -176,12 +177,7 @@ def sleep_in_wait(memory: md.MemoryDescriptor) -> None:
 def test_a_sleeping_process_uses_no_time(memory: md.BufferMemoryDescriptor) -> None:
     pid = start(sleep_in_wait, memory)
     producer = md.Producer(memory)
-    time.sleep(1)
-    with open(f"/proc/{pid}/stat") as stat:
-        fields = stat.read().rpartition(")")[2].split()
-    user, system = int(fields[11]), int(fields[12])
-    assert fields[0] == "S"
-    assert user + system < os.sysconf("SC_CLK_TCK") // 2
+    wait_until(lambda: is_idle(pid))
     producer.enqueue(b"")
     assert finish(pid) == 0
 

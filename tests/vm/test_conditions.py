@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -75,9 +75,11 @@ def test_no_interrupt_leaves_a_condition_locked() -> None:
 def test_no_interrupt_leaves_a_calls_future_locked() -> None:
     """Else the I/O thread, which tells of the result, would wait for ever."""
     kept: list[PendingCall] = []
+    of_nobody = SimpleNamespace(credentials=SimpleNamespace(uid=0))
+    nobody: Any = SimpleNamespace(closed=False, task=of_nobody, _cancel_call=lambda number: None)
 
     def ask() -> None:
-        kept.append(PendingCall(None, 1, lambda answer, fds: None))  # type: ignore[arg-type]
+        kept.append(PendingCall(nobody, 1, lambda answer, fds: None))
         with pytest.raises(TimeoutError):
             kept[-1].result(0)
 

@@ -20,6 +20,8 @@ from letting_go import DidNotFail, lets_go, lets_go_async, no_collector
 from puppets import Puppet
 
 import memdesc as md
+from memdesc import _core
+from memdesc.copyio import copyin_into
 from memdesc.queues import Consumer, Producer, notification_pair
 from memdesc.vm.timeouts import check_timeout, deadline_of
 
@@ -66,6 +68,15 @@ WAITING: dict[str, Callable[[Any, Any], Any]] = {
     "ServiceProducer.wait_client": lambda all_, timeout: all_.samples.wait_client(timeout),
     "Zone.alloc": lambda all_, timeout: all_.zone.alloc(timeout),
     "Zone.element": lambda all_, timeout: all_.zone.element(timeout).__enter__(),
+    "copyin": lambda all_, timeout: md.copyin(all_.own, all_.place, 4, timeout=timeout),
+    "copyin_into": lambda all_, timeout: copyin_into(
+        all_.own, all_.place, bytearray(4), timeout=timeout
+    ),
+    "copyinstr": lambda all_, timeout: md.copyinstr(all_.own, all_.place, 4, timeout=timeout),
+    "copyout": lambda all_, timeout: md.copyout(b"", all_.own, all_.place, timeout=timeout),
+    "copy_between": lambda all_, timeout: md.copy_between(
+        all_.own, all_.place, all_.own, all_.place, 0, timeout=timeout
+    ),
     "Task.wait": lambda all_, timeout: all_.other.wait(timeout),
     "create_mapping_in_task": lambda all_, timeout: all_.buffer.create_mapping_in_task(
         all_.own, timeout=timeout
@@ -141,6 +152,7 @@ def everything(puppet: Puppet) -> Iterator[SimpleNamespace]:
         producer = stack.enter_context(Producer(own_queue, notify=ends[0]))
         producer.enqueue(bytes(3000))
         zone = md.Zone("timeouts", 4096, 4096)
+        memory = bytearray(8)
         found = SimpleNamespace(
             service=service,
             connection=connection,
@@ -158,6 +170,8 @@ def everything(puppet: Puppet) -> Iterator[SimpleNamespace]:
             element=zone.alloc(),
             other=stack.enter_context(md.Task(puppet.pid)),
             own=stack.enter_context(md.Task.current()),
+            memory=memory,
+            place=_core.buffer_address(memory)[0],
         )
         yield found
     vars(found).clear()

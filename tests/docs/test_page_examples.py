@@ -12,6 +12,7 @@ EXAMPLES = {  # pages, and how many examples each has at least
     "arrays": 27,
     "asyncio": 6,
     "calls": 11,
+    "copying": 4,
     "direct-file": 9,
     "events": 11,
     "finding-leaks": 20,

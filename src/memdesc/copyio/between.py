@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 
 from memdesc import _core
 from memdesc.copyio.copiers import copier_of
-from memdesc.copyio.transfer import Move, check_place, check_size, transfer
-from memdesc.errors import CopyError
+from memdesc.copyio.transfer import Move, check_place, check_size, timed, transfer
+from memdesc.errors import CopyError, InvalidArgument
 from memdesc.vm.task import Task, check_task
 from memdesc.vm.telling import bare
+from memdesc.vm.timeouts import check_timeout
 
 BOUNCE = 256 << 10
 """Bytes of this process through which all else goes: what fits the processor's second cache.
@@ -20,7 +22,13 @@ saves nothing; and a second thread that reads ahead saves nothing below 16 MiB.
 
 
 def copy_between(
-    source: Task, source_address: int, target: Task, target_address: int, nbytes: int
+    source: Task,
+    source_address: int,
+    target: Task,
+    target_address: int,
+    nbytes: int,
+    *,
+    timeout: float | None = None,
 ) -> int:
     """Copy `nbytes` bytes at an address of one task to an address of another one.
 
@@ -32,6 +40,9 @@ def copy_between(
         In the address space of `source` and of `target`.
     nbytes : int
         0 or more. With 0 nothing is looked at, neither addresses nor tasks.
+    timeout : float, optional
+        As of `copyin`; for a target that is not this process. After `TimedOutError` some bytes are
+        written or none, and up to 256 KiB may be later.
 
     Returns
     -------
@@ -46,7 +57,7 @@ def copy_between(
         `completed` bytes were copied. Only where the target overlaps the source's end, in one
         task, copying goes from the last byte to the first: then it is the last `completed` bytes,
         and of the block of up to 256 KiB before them some may be.
-    TaskGoneError, NotPrivilegedError, UnsupportedError, InvalidArgument
+    TaskGoneError, NotPrivilegedError, UnsupportedError, TimedOutError, InvalidArgument
         As with `copyin`, for either task.
 
     Notes
@@ -65,6 +76,7 @@ def copy_between(
     (4, b'here')
     """
     size = check_size(nbytes, "nbytes")
+    check_timeout(timeout)
     check_task(source, "source")
     check_task(target, "target")
     if size == 0:
@@ -79,18 +91,44 @@ def copy_between(
     )
     doing = f"copy {size:,} bytes from {here:#x} of task {source.pid} to {there:#x} of task "
     doing += str(target.pid)
+    if timeout is None:
+        return _copied(source, here, target, there, size, doing)
+    if target.is_current:
+        raise InvalidArgument(
+            f"cannot {doing} with a timeout: what came after it would be written into this "
+            "process; give copyin_into a buffer, and it the timeout",
+            errno=errno.EINVAL,
+        )
+    others = [target] if source.is_current else [target, source]
+    return timed(
+        timeout,
+        others,
+        doing,
+        lambda until: _copied(source, here, target, there, size, doing, until),
+    )
+
+
+def _copied(
+    source: Task,
+    here: int,
+    target: Task,
+    there: int,
+    size: int,
+    doing: str,
+    until: float | None = None,
+) -> int:
     upwards = source == target and here < there < here + size
     read, write = _reader(source), _writer(target)
     done = 0
     with memoryview(bytearray(min(size, BOUNCE))) as room:
         for offset, length in _blocks(size, backwards=upwards):
             with room[:length] as block:
-                fault = _move(source, here + offset, block, read, doing)
+                fault = _move(source, here + offset, block, read, doing, until)
                 readable = length if fault is None else fault.completed
                 if upwards and fault is not None:
                     readable = 0  # what would be written is not next to what was
                 with block[:readable] as part:
-                    unwritten = _move(target, there + offset, part, write, doing)
+                    unwritten = _move(target, there + offset, part, write, doing, until)
             if fault := unwritten or fault:
                 copied = unwritten.completed if unwritten else readable
                 raise _whole(fault, doing, size, done if upwards else done + copied) from fault
@@ -106,11 +144,16 @@ def _blocks(size: int, *, backwards: bool) -> Iterator[tuple[int, int]]:
 
 
 def _move(
-    task: Task, address: int, block: memoryview, moves: tuple[Move, Move | None], doing: str
+    task: Task,
+    address: int,
+    block: memoryview,
+    moves: tuple[Move, Move | None],
+    doing: str,
+    until: float | None,
 ) -> CopyError | None:
     """Move one block; give the fault that stopped it, and raise all else."""
     try:
-        transfer(task, address, block, *moves, doing)
+        transfer(task, address, block, *moves, doing, until)
     except CopyError as fault:
         return bare(fault)
     return None

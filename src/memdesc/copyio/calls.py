@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import io
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 from memdesc import _core
 from memdesc.copyio.copiers import copier_of
@@ -15,18 +16,22 @@ from memdesc.copyio.transfer import (
     check_place,
     check_size,
     place_in,
+    timed,
     transfer,
 )
 from memdesc.errors import AllocationError, CopyError, InvalidArgument, StringTooLongError
 from memdesc.memory.limits import check_available
 from memdesc.vm.pages import page_size
 from memdesc.vm.task import Task, check_task
+from memdesc.vm.timeouts import check_timeout
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer  # collections.abc has it since 3.12
 
+_T = TypeVar("_T")
 
-def copyin(task: Task, address: int, nbytes: int) -> bytes:
+
+def copyin(task: Task, address: int, nbytes: int, *, timeout: float | None = None) -> bytes:
     """Copy `nbytes` bytes at an address of a task into this process.
 
     Parameters
@@ -37,6 +42,8 @@ def copyin(task: Task, address: int, nbytes: int) -> bytes:
         In the task's address space.
     nbytes : int
         0 or more. With 0 nothing is looked at, neither address nor task.
+    timeout : float, optional
+        Seconds; None waits as long as the kernel does, which the task decides: see Notes.
 
     Returns
     -------
@@ -54,8 +61,10 @@ def copyin(task: Task, address: int, nbytes: int) -> bytes:
         The kernel denies this process the task's memory, and no connection stands in (EPERM).
     UnsupportedError
         process_vm_readv is filtered away, and no connection stands in (ENOSYS).
+    TimedOutError
+        It took longer than `timeout`, or the task holds up an earlier copy or look (ETIMEDOUT).
     AllocationError
-        No room for so many bytes here (ENOMEM).
+        No room for so many bytes here (ENOMEM); with `timeout`, no thread (EAGAIN).
     InvalidArgument
         A negative number of bytes or address.
 
@@ -64,6 +73,10 @@ def copyin(task: Task, address: int, nbytes: int) -> bytes:
     Linux: process_vm_readv. Needs the task's own user, no less capabilities than it has, a
     dumpable task and yama 0 (with 1 the task must be a descendant), or CAP_SYS_PTRACE.
     Containers may filter it. There is no largest size (XNU: 64 MiB, EINVAL).
+
+    A task can hold the copy up: its page lies in a file system that does not answer (FUSE), waits
+    for a userfaultfd, or it keeps the lock on its address space. Only SIGKILL ends that wait. So
+    with `timeout` a thread of its own copies, which is given up and ends when the task lets go.
 
     I/O Kit: `copyin`.
 
@@ -75,24 +88,41 @@ def copyin(task: Task, address: int, nbytes: int) -> bytes:
     b'here'
     """
     size = check_size(nbytes, "nbytes")
+    check_timeout(timeout)
     if size == 0:
         return b""
+    if timeout is None:
+        return _copied(task, address, size)
+    return timed(
+        timeout,
+        [task],
+        f"copy {size:,} bytes in",
+        lambda until: _copied(task, address, size, until),
+    )
+
+
+def _copied(task: Task, address: int, size: int, until: float | None = None) -> bytes:
     doing = f"copy {size:,} bytes in"
+    # The one way in plain Python to fill a bytes object in place: nothing is copied twice.
+    target = _room(lambda: io.BytesIO(bytes(size)), size, doing)
+    with target.getbuffer() as view:
+        _read(task, address, view, f"{doing} from", until)
+    return target.getvalue()
+
+
+def _room(make: Callable[[], _T], size: int, doing: str) -> _T:
+    """Make room for so many bytes."""
     if size > STEP:
         check_available(size, doing)  # where memory runs out Linux kills instead of failing
     try:
-        # The one way in plain Python to fill a bytes object in place: nothing is copied twice.
-        target = io.BytesIO(bytes(size))
+        return make()
     except MemoryError as error:
         raise AllocationError(
             f"cannot {doing}: there is no room for them here", errno=errno.ENOMEM, requested=size
         ) from error
-    with target.getbuffer() as view:
-        _read(task, address, view, f"{doing} from")
-    return target.getvalue()
 
 
-def copyin_into(task: Task, address: int, buffer: Buffer) -> int:
+def copyin_into(task: Task, address: int, buffer: Buffer, *, timeout: float | None = None) -> int:
     """Copy from an address of a task into a buffer here, as many bytes as the buffer has.
 
     Bytes before a fault stay in the buffer. A buffer that overlaps the range copied (of the own
@@ -106,6 +136,9 @@ def copyin_into(task: Task, address: int, buffer: Buffer) -> int:
         In the task's address space.
     buffer : buffer
         Writable and contiguous.
+    timeout : float, optional
+        As of `copyin`. It costs memory of the same size, and one copy more: what comes later must
+        not go into the buffer.
 
     Returns
     -------
@@ -115,14 +148,30 @@ def copyin_into(task: Task, address: int, buffer: Buffer) -> int:
     with bytes_of(buffer) as view:
         if view.readonly:
             raise InvalidArgument("cannot copy in: the buffer is read-only; give a writable one")
-        return _read(task, address, view, f"copy {len(view):,} bytes in from")
+        check_timeout(timeout)
+        doing = f"copy {len(view):,} bytes in from"
+        if timeout is None:
+            return _read(task, address, view, doing)
+        return _read_in_time(task, address, view, doing, timeout)
 
 
-def copyout(data: Buffer, task: Task, address: int) -> int:
+def _read_in_time(task: Task, address: int, view: memoryview, doing: str, timeout: float) -> int:
+    room = _room(lambda: memoryview(bytearray(len(view))), len(view), doing)
+    try:
+        timed(timeout, [task], doing, lambda until: _read(task, address, room, doing, until))
+    except CopyError as error:
+        view[: error.completed] = room[: error.completed]
+        raise
+    view[:] = room
+    return len(view)
+
+
+def copyout(data: Buffer, task: Task, address: int, *, timeout: float | None = None) -> int:
     """Copy the bytes of a buffer here to an address of a task.
 
     Bytes before a fault stay written. Raises as `copyin` does; EFAULT also for memory that the
     task has mapped read-only. What it writes to privately mapped memory only the task sees.
+    After `TimedOutError` some bytes are written or none, and up to 64 MiB may be later.
 
     Parameters
     ----------
@@ -132,6 +181,8 @@ def copyout(data: Buffer, task: Task, address: int) -> int:
         Whose address it is.
     address : int
         In the task's address space.
+    timeout : float, optional
+        As of `copyin`. It costs a copy of the data, which is what is written later, if it is.
 
     Returns
     -------
@@ -150,21 +201,30 @@ def copyout(data: Buffer, task: Task, address: int) -> int:
     (4, bytearray(b'here'))
     """
     check_task(task)
+    check_timeout(timeout)
     with bytes_of(data) as view:
         place = check_place(task, address, len(view), doing := f"copy {len(view):,} bytes out to")
         doing = place_in(doing, task, place)
-        copier = copier_of(task)
-        return transfer(
-            task,
-            place,
-            view,
-            lambda at, part: _core.process_vm_writev(task.pid, part, at),
-            copier.write if copier else None,
-            doing,
-        )
+        if timeout is None or not view:
+            return _write(task, place, view, doing)
+        kept = _room(lambda: memoryview(bytes(view)), len(view), doing)
+    return timed(timeout, [task], doing, lambda until: _write(task, place, kept, doing, until))
 
 
-def copyinstr(task: Task, address: int, maximum: int) -> bytes:
+def _write(task: Task, place: int, view: memoryview, doing: str, until: float | None = None) -> int:
+    copier = copier_of(task)
+    return transfer(
+        task,
+        place,
+        view,
+        lambda at, part: _core.process_vm_writev(task.pid, part, at),
+        copier.write if copier else None,
+        doing,
+        until,
+    )
+
+
+def copyinstr(task: Task, address: int, maximum: int, *, timeout: float | None = None) -> bytes:
     """Copy a string that ends with NUL from an address of a task.
 
     Only the pages that the string touches are read, so a short string at the end of a mapping
@@ -178,6 +238,8 @@ def copyinstr(task: Task, address: int, maximum: int) -> bytes:
         Of the first byte, in the task's address space.
     maximum : int
         The most bytes to look at, with the NUL; 0 or more.
+    timeout : float, optional
+        As of `copyin`.
 
     Returns
     -------
@@ -204,6 +266,14 @@ def copyinstr(task: Task, address: int, maximum: int) -> bytes:
     b'name'
     """
     most = check_size(maximum, "maximum")
+    check_timeout(timeout)
+    if timeout is None:
+        return _string(task, address, most)
+    doing = f"copy a string in from task {task.pid}"
+    return timed(timeout, [task], doing, lambda until: _string(task, address, most, until))
+
+
+def _string(task: Task, address: int, most: int, until: float | None = None) -> bytes:
     found = bytearray()
     while len(found) < most:
         doing = "copy a string in from"
@@ -211,7 +281,7 @@ def copyinstr(task: Task, address: int, maximum: int) -> bytes:
         part = bytearray(min(page_size - place % page_size, most - len(found)))
         try:
             with memoryview(part) as view:
-                _read(task, place, view, doing)
+                _read(task, place, view, doing, until)
         except CopyError as error:
             raise CopyError(
                 f"{error}; {len(found):,} bytes without a NUL came before",
@@ -235,7 +305,9 @@ def copyinstr(task: Task, address: int, maximum: int) -> bytes:
     )
 
 
-def _read(task: Task, address: int, view: memoryview, doing: str) -> int:
+def _read(
+    task: Task, address: int, view: memoryview, doing: str, until: float | None = None
+) -> int:
     check_task(task)
     place = check_place(task, address, len(view), doing)
     if len(view) >= SMALLEST_MAPPED:
@@ -251,4 +323,5 @@ def _read(task: Task, address: int, view: memoryview, doing: str) -> int:
         lambda at, part: _core.process_vm_readv(task.pid, part, at),
         copier.read if copier else None,
         place_in(doing, task, place),
+        until,
     )

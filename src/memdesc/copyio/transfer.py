@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from memdesc.errors import (
     AllocationError,
@@ -13,12 +14,14 @@ from memdesc.errors import (
     MemdescError,
     NotPrivilegedError,
     TaskGoneError,
+    TimedOutError,
     UnsupportedError,
     describe_errno,
 )
 from memdesc.vm.pages import check_integer
+from memdesc.vm.patience import within
 from memdesc.vm.proc import read_text
-from memdesc.vm.task import Task
+from memdesc.vm.task import Task, check_task
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer  # collections.abc has it since 3.12
@@ -29,6 +32,7 @@ STEP = 64 << 20
 SMALLEST_MAPPED = 1 << 20
 """Bytes; below, finding the object costs more than any copy, and no threshold is looked at."""
 
+_T = TypeVar("_T")
 _END = 1 << 63
 """No 64-bit Linux gives a task addresses from here on: they are the kernel's."""
 
@@ -39,14 +43,28 @@ Move = Callable[[int, memoryview], int]
 
 
 def transfer(
-    task: Task, address: int, view: memoryview, move: Move, instead: Move | None, doing: str
+    task: Task,
+    address: int,
+    view: memoryview,
+    move: Move,
+    instead: Move | None,
+    doing: str,
+    until: float | None = None,
 ) -> int:
-    """Move all of `view` by `move`, or by `instead` if the kernel refuses the first move."""
+    """Move all of `view` by `move`, or by `instead` if the kernel refuses the first move.
+
+    After that time (`time.monotonic`) nothing is moved any more: nobody waits for it.
+    """
     total, done = len(view), 0
     if total == 0:
         return 0
     task.check_alive(doing)
     while done < total:
+        if until is not None and time.monotonic() >= until:
+            raise TimedOutError(
+                f"cannot {doing}: {done:,} of {total:,} bytes were copied in time",
+                errno=errno.ETIMEDOUT,
+            )
         try:
             with view[done : done + STEP] as part:
                 moved = move(address + done, part)
@@ -63,6 +81,14 @@ def transfer(
         done += moved
     task.check_alive(doing)
     return done
+
+
+def timed(timeout: float, tasks: Sequence[Task], doing: str, copy: Callable[[float], _T]) -> _T:
+    """Have a thread copy that is given up after so many seconds; `copy` is given when that is."""
+    for task in tasks:
+        check_task(task)
+    until = time.monotonic() + timeout
+    return within(timeout, tasks, doing, lambda: copy(until))
 
 
 def explain(

@@ -4,6 +4,8 @@ Much of what /proc shows of a task (maps, smaps, pagemap, cmdline) is read under
 address space, and a task can keep that for as long as it likes: mmap of a file of a FUSE server
 that does not answer waits with the lock held. Who reads waits until he is killed; no other signal
 ends that. So a thread takes the look, and is given up when it neither comes back nor computes.
+A copy of its memory can be held up by that, and by each page of such a file: with a time limit it
+is done so too.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from memdesc.errors import AllocationError, MemdescError, TimedOutError
@@ -30,7 +32,7 @@ MOST_TEXT = 256 << 20
 _LEAST_COMPUTING = 0.01
 """Of that time: one that is let on now and then would take hours."""
 _MOST_HELD_UP = 4
-"""Looks at tasks of one user that wait; with so many, no other task of his is looked at."""
+"""Looks at tasks of one user, and copies, that wait; with so many, none of his is looked at."""
 _CHUNK = 1 << 18
 
 _held_up: list[_Look[Any]] = []
@@ -40,11 +42,14 @@ class _Look(threading.Thread, Generic[_T]):
     """One look; its thread is a daemon: the end of this process kills it."""
 
     def __init__(
-        self, task: Task, look: Callable[[], _T], undo: Callable[[_T], object] | None
+        self,
+        tasks: Sequence[Task],
+        look: Callable[[], _T],
+        undo: Callable[[_T], object] | None,
     ) -> None:
         super().__init__(name="memdesc-look", daemon=True)
-        self.task = task.pid, task.start_time
-        self.uid = task.credentials.uid
+        self.tasks = {(task.pid, task.start_time) for task in tasks}
+        self.uids = {task.credentials.uid for task in tasks}
         self._look = look
         self._undo = undo
         self._turn = threading.Lock()
@@ -64,14 +69,18 @@ class _Look(threading.Thread, Generic[_T]):
         with self._turn:
             self._found = found
             self._done.set()
-            if self._given_up and found and self._undo is not None:
-                self._undo(found.pop())
+            if self._given_up:
+                _held_up.remove(self)  # and with it what the look has
+                if found and self._undo is not None:
+                    self._undo(found.pop())
 
-    def wait(self) -> bool:
-        """Wait for it; False if it was given up."""
+    def wait(self, timeout: float | None) -> bool:
+        """Wait for it, so long or while it computes; False if it was given up."""
         computed = 0.0
         try:
-            while not self._done.wait(PATIENCE):
+            if timeout is not None:
+                self._done.wait(min(timeout, threading.TIMEOUT_MAX))
+            while timeout is None and not self._done.wait(PATIENCE):
                 now = self._computed()
                 if now - computed < PATIENCE * _LEAST_COMPUTING:
                     break
@@ -130,18 +139,29 @@ def look_at(
     AllocationError
         This process may have no more threads (EAGAIN).
     """
-    if task.is_current:
-        return look()
-    for one in list(_held_up):
-        if not one.is_alive():
-            with contextlib.suppress(ValueError):  # another thread was faster
-                _held_up.remove(one)
-    same = [one for one in list(_held_up) if one.uid == task.credentials.uid]
-    if any(one.task == (task.pid, task.start_time) for one in same):
-        raise _held(task, doing, "holds up an earlier look at it still")
-    if len(same) >= _MOST_HELD_UP:
-        raise _held(task, doing, f"is of user {same[0].uid}, whose tasks hold up {len(same)} looks")
-    mine = _Look(task, look, undo)
+    return look() if task.is_current else _in_thread([task], doing, look, undo, None)
+
+
+def within(timeout: float, tasks: Sequence[Task], doing: str, work: Callable[[], _T]) -> _T:
+    """Give what `work()` gives, of which these tasks can not keep this process waiting for longer.
+
+    A thread of its own does it: where it is held up it goes on later, or never, and must not touch
+    what the caller has. Raises as `look_at`; so it is refused where one of the tasks holds up a
+    look, or an earlier one of these.
+    """
+    return _in_thread(tasks, doing, work, None, timeout)
+
+
+def _in_thread(
+    tasks: Sequence[Task],
+    doing: str,
+    look: Callable[[], _T],
+    undo: Callable[[_T], object] | None,
+    timeout: float | None,
+) -> _T:
+    for task in tasks:
+        _check_held_up(task, doing)
+    mine = _Look(tasks, look, undo)
     try:
         mine.start()
     except RuntimeError as error:
@@ -150,9 +170,23 @@ def look_at(
             "cgroup's pids.max",
             errno=errno.EAGAIN,
         ) from error
-    if not mine.wait():
-        raise _held(task, doing, f"held it up for {PATIENCE:g} s")
+    if not mine.wait(timeout):
+        seconds = PATIENCE if timeout is None else timeout
+        raise _held(tasks[-1], doing, f"held it up for {seconds:g} s")
     return mine.result()
+
+
+def _check_held_up(task: Task, doing: str) -> None:
+    for one in list(_held_up):
+        if not one.is_alive():  # in a fork child
+            with contextlib.suppress(ValueError):  # another thread was faster
+                _held_up.remove(one)
+    user = task.credentials.uid
+    same = [one for one in list(_held_up) if user in one.uids]
+    if any((task.pid, task.start_time) in one.tasks for one in same):
+        raise _held(task, doing, "holds up an earlier look at it, or copy, still")
+    if len(same) >= _MOST_HELD_UP:
+        raise _held(task, doing, f"is of user {user}, whose tasks hold up {len(same)} looks")
 
 
 def _held(task: Task, doing: str, how: str) -> TimedOutError:

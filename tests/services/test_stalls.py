@@ -23,6 +23,7 @@ from memdesc.handover.holder import Holder
 from memdesc.loop import Loop
 from memdesc.memory import closing
 from memdesc.memory.closing import MOST_HELD_UP, discard
+from memdesc.queues.notify import SO_PASSRIGHTS, clear, notification_pair
 from memdesc.services import protocol
 
 PAGE = md.page_size
@@ -136,6 +137,20 @@ def test_a_holder_that_hangs_up_has_nothing_to_close() -> None:
         wait_until(lambda: len(closers()) == 1)
         holder._loop.run(holder.end_when_idle)
         wait_until(lambda: holder.closed)
+
+
+def test_nobody_sends_descriptors_by_a_queue_s_socket() -> None:
+    with socket.socket(socket.AF_UNIX) as one:
+        try:
+            one.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
+        except OSError as error:
+            pytest.skip(f"Linux before 6.16: {error}")
+    for ours, theirs in (notification_pair(), notification_pair()[::-1]):
+        with ours, theirs:
+            with pytest.raises(PermissionError):
+                socket.send_fds(theirs, [b"x"], [0])
+            theirs.send(b"x")
+            assert clear(ours)
 
 
 def test_nothing_is_received_of_who_holds_up_too_many(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,13 @@ the other side's socket is gone, so is the other side.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket as sockets
 
 from memdesc.errors import AllocationError, InvalidArgument
 
+SO_PASSRIGHTS = 83  # asm-generic/socket.h, Linux 6.16
 _PART = 4096
 _MOST_PARTS = 64
 
@@ -29,12 +31,17 @@ def notification_pair() -> tuple[sockets.socket, sockets.socket]:
         EMFILE, ENFILE, ENOMEM.
     """
     try:
-        return sockets.socketpair(sockets.AF_UNIX, sockets.SOCK_STREAM)
+        pair = sockets.socketpair(sockets.AF_UNIX, sockets.SOCK_STREAM)
     except OSError as error:
         raise AllocationError(
             f"can not make a pair of sockets: {error.strerror}; close some descriptors",
             errno=error.errno,
         ) from error
+    for end in pair:
+        with contextlib.suppress(OSError):  # ENOPROTOOPT
+            # Nobody sends descriptors: the kernel would close them in the thread that reads.
+            end.setsockopt(sockets.SOL_SOCKET, SO_PASSRIGHTS, 0)
+    return pair
 
 
 def own_socket(given: sockets.socket | None) -> sockets.socket | None:

@@ -51,7 +51,6 @@ The house, from the top down; a room knows only those below it:
 * `debug`                where what is open was made, and who holds it
 * `vm`                   pages, tasks, regions, frames; what this kernel allows
 * `errors`               the exceptions and their reasons
-* `records`              dataclasses with slots, made when they are used
 * `_core`                the compiled core
 """
 

@@ -7,10 +7,9 @@ Exceptions survive pickling with all their fields. This module knows no other ro
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
-
-from memdesc.records import record
 
 __all__ = [
     "MemdescError",
@@ -154,7 +153,7 @@ class PageKindError(AllocationError):
     """
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Holding:
     """Who holds what of a zone, or of the zone map: one row of a table.
 

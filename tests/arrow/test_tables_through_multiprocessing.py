@@ -21,6 +21,8 @@ import pytest
 
 pa = pytest.importorskip("pyarrow")
 
+from dataclasses import replace  # noqa: E402
+
 import table_children as children  # noqa: E402
 from arrow_tables import of_every_type  # noqa: E402
 from children import finish, kill, start  # noqa: E402
@@ -31,7 +33,6 @@ from memdesc.descriptors.homes import home_at  # noqa: E402
 from memdesc.handover import reducers  # noqa: E402
 from memdesc.interop import arrow, multiprocessing as handles  # noqa: E402
 from memdesc.interop.multiprocessing import tables  # noqa: E402
-from memdesc.records import replace  # noqa: E402
 
 METHODS = multiprocessing.get_all_start_methods()
 NOTHING = handles.Transit(0, 0, 0)

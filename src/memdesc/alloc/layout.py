@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import dataclass
 
 from memdesc.errors import InvalidArgument
-from memdesc.records import record
 from memdesc.vm.pages import check_integer, check_length, page_size, round_page
 
 MAX_ELEMENT = 1 << 20
@@ -16,7 +16,7 @@ DEFAULT_ALIGNMENT = 16
 _LONGEST_NAME = 63
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Layout:
     """The measures of one zone, in bytes and elements.
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from memdesc.memory.zone_map import ZoneMapStatistics
-from memdesc.records import record
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class ZoneStatistics:
     """What one zone has, holds and did. Sizes in bytes; counts since it was made.
 
@@ -89,7 +90,7 @@ _COLUMNS = (
 )
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class ZoneTable:
     """All zones of this process at one moment; `print` shows it as a table.
 

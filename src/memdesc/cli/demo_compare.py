@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from multiprocessing import Pipe as make_pipe
 from typing import Any, Protocol
 
@@ -22,7 +22,6 @@ import memdesc as md
 from memdesc.cli import demo_kernel as kernel
 from memdesc.cli.demo_files import Source
 from memdesc.cli.demo_processes import Answer, Program, Programs, answers
-from memdesc.records import record
 from memdesc.vm.physical import same_pages
 from memdesc.vm.regions import region_at
 
@@ -46,7 +45,7 @@ class Telling(Protocol):
         """Tell that a way's turn is over: gigabytes a second."""
 
 
-@record(frozen=False)
+@dataclass(slots=True)
 class Group:
     """The driver and the clients of one way."""
 

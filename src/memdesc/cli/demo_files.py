@@ -13,9 +13,8 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-
-from memdesc.records import record
 
 _LARGE = 4 << 20
 _MOST_FILES = 6
@@ -26,7 +25,7 @@ class UnusableFile(Exception):
     """A file can not be used; the text says which, why, and what to do."""
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Source:
     """A file, and what is true of it."""
 

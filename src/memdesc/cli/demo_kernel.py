@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from memdesc import _core
 from memdesc.errors import MemdescError
 from memdesc.memory.page_kinds import meminfo
-from memdesc.records import record
 from memdesc.vm.regions import RegionDetails, details
 from memdesc.vm.task import Task
 
@@ -22,7 +22,7 @@ def shmem() -> int:
     return meminfo()["Shmem"]
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Memory:
     """Memory of several processes, no page counted twice and none missed; bytes.
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from memdesc.cli.ls import holder_record, pages_of
 from memdesc.cli.words import amount, program_of
 from memdesc.errors import NotPrivilegedError, TaskGoneError, TimedOutError
-from memdesc.records import record
 from memdesc.vm.holders import (
     HeldObject,
     Survey,
@@ -151,7 +150,7 @@ def gap_before(band: Band) -> str:
     return f"{amount(band.gap)} of nothing" if band.gap else ""
 
 
-@record(frozen=False)
+@dataclass(slots=True)
 class Band:
     """What a picture shows as one: neighbours of one kind.
 

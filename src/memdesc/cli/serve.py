@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import FrameType
@@ -25,7 +26,6 @@ from memdesc.errors import InvalidArgument, MemdescError, TransferError
 from memdesc.files import FileServer, FileSource, Loaded
 from memdesc.files.sources import identify
 from memdesc.memory.page_kinds import PageKind
-from memdesc.records import record
 from memdesc.services.user_client import UserClient
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def is_unusable(error: BaseException) -> bool:
     )
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Wishes:
     """What was asked for: as of `FileServer`; `watch`: reload what changed."""
 

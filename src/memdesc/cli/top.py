@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from memdesc.cli.looking import Seen, Watch, sockets
 from memdesc.errors import MemdescError
-from memdesc.records import record
 from memdesc.vm.holders import huge_bytes, identity_of, resident_bytes, wired_bytes
 from memdesc.vm.regions import RegionDetails, details
 from memdesc.vm.task import Task
@@ -21,7 +21,7 @@ _MEMORY = ("shared", "wired", "huge")
 _Memory = dict[str, int | None]
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class _Sample:
     """What only grows of a service, at one time; `cpu` in seconds."""
 

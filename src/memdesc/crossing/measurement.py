@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 from memdesc import _core
 from memdesc.crossing import giver
@@ -34,7 +35,6 @@ from memdesc.errors import (
     describe_errno,
 )
 from memdesc.memory.limits import check_available
-from memdesc.records import record
 from memdesc.vm.pages import page_size
 from memdesc.vm.task import Task
 
@@ -149,7 +149,7 @@ def border_of(
     return best
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class _Helper:
     """The helper process, as a task, and the two sockets to it."""
 
@@ -211,7 +211,7 @@ def _explain(error: OSError) -> MemdescError:
     return MemdescError(f"calibrating: {describe_errno(error)}", errno=error.errno)
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class _Trial:
     """One thing that is timed in its rounds, every `stride`-th; `act` gives the nanoseconds."""
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
+
 from memdesc.errors import InvalidArgument
-from memdesc.records import record, types_of
 from memdesc.vm.pages import check_integer
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Thresholds:
     """The sizes at which one way becomes better than another. Bytes; None is never.
 
@@ -37,7 +38,7 @@ class Thresholds:
     copy_by_mapping: int | None = None
 
     def __post_init__(self) -> None:
-        for name in types_of(self):
+        for name in (field.name for field in fields(self)):
             value = getattr(self, name)
             if value is None and name != "inline":
                 continue

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
 
 from memdesc.crossing.settings import thresholds as present_thresholds
 from memdesc.crossing.sizes import Thresholds
 from memdesc.errors import InvalidArgument
-from memdesc.records import record
 from memdesc.vm.pages import Direction, check_integer
 
 
@@ -20,7 +20,7 @@ class Way(Enum):
     COPY_ON_WRITE = "a snapshot, mapped: by value and not copied"
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Choice:
     """A way, and in words why it was chosen."""
 

@@ -12,11 +12,11 @@ import sys
 import types
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from memdesc import _core
 from memdesc.errors import ClosedError
-from memdesc.records import record
 
 _DEPTH = 4
 """How far holders of holders are followed, until one has a name."""
@@ -26,7 +26,7 @@ _CO_OPTIMIZED = 1  # of a function: its variables are not in a dict
 _SLOTS = (_core.TakenSlot, _core.LoanedSlot)
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Holder:
     """Who holds one view.
 

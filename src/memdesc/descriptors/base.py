@@ -11,6 +11,7 @@ import errno
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from memdesc import _core
@@ -19,7 +20,6 @@ from memdesc.descriptors.mappable import Mappable
 from memdesc.descriptors.statistics import DescriptorStatistics
 from memdesc.errors import InvalidArgument, NotPreparedError, SealedError, WiringError, WiringReason
 from memdesc.mapping import GivesArrays, LocalMemoryMap, check_range, view_as_array
-from memdesc.records import record
 from memdesc.vm.pages import Direction, page_size, page_span
 from memdesc.vm.task import Task
 
@@ -37,7 +37,7 @@ def _nothing() -> None:
     """What undoes a wiring that there is not."""
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class PageCounts:
     """Pages that a descriptor touches, and how many of them are in memory now."""
 

@@ -19,6 +19,7 @@ import mmap
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from enum import Enum
 
 from memdesc import _core
@@ -30,7 +31,6 @@ from memdesc.memory.memfd import OwnedObject
 from memdesc.memory.page_kinds import PageKind
 from memdesc.memory.populate import in_parallel, workers_for
 from memdesc.memory.recycler import Contents
-from memdesc.records import replace
 from memdesc.vm.changes import Run, changed_runs
 from memdesc.vm.forks import no_fork
 from memdesc.vm.pages import page_size, round_page

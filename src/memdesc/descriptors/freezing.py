@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from memdesc import _core
 from memdesc.descriptors import copy_on_write
@@ -24,7 +25,6 @@ from memdesc.memory.limits import check_available
 from memdesc.memory.memfd import OwnedObject
 from memdesc.memory.page_kinds import PageKind
 from memdesc.memory.populate import in_parallel, workers_for
-from memdesc.records import record
 from memdesc.vm.changes import Run
 from memdesc.vm.pages import Access, page_size, round_page
 
@@ -38,7 +38,7 @@ Reader = Callable[[int, memoryview], None]
 """Copies bytes from an offset into a buffer. Called by several threads at once."""
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Frozen:
     """Immutable bytes: where they lie, how many were copied for that, and why."""
 

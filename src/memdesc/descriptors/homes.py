@@ -11,13 +11,13 @@ from __future__ import annotations
 import sys
 import weakref
 from bisect import bisect_right
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from memdesc import _core
 from memdesc.copyio import bytes_of
 from memdesc.mapping import is_immutable
-from memdesc.records import record
 from memdesc.vm import tracing
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def _outlived(
     return (name, memory.length) if known is None or known.closed else None
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Home:
     """Where the bytes of a buffer lie: `length` of them at `offset` of a descriptor."""
 

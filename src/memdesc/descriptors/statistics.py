@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from memdesc.memory.lifecycle import State
-from memdesc.records import record
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class DescriptorStatistics:
     """What a descriptor has now.
 
@@ -31,7 +32,7 @@ class DescriptorStatistics:
     prepares: int
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class BufferStatistics(DescriptorStatistics):
     """What a buffer has now, and what became of it. What it is made of: `page_kind`.
 

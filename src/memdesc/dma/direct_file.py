@@ -6,6 +6,7 @@ import errno
 import os
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self, final
 
 from memdesc.descriptors.base import MemoryDescriptor
@@ -16,7 +17,6 @@ from memdesc.dma.rings import Engine, open_engine, run_without_ring
 from memdesc.dma.targets import Ask, Checked, check_asks, hold
 from memdesc.dma.transfers import Part, Progress, Transfer, Transferred
 from memdesc.errors import ClosedError, InvalidArgument, RangeError
-from memdesc.records import record
 from memdesc.vm import tracing
 from memdesc.vm.forks import lock_for
 from memdesc.vm.pages import check_integer, page_size
@@ -29,7 +29,7 @@ _hooked = False
 _IDLE = 4  # engines kept for the next calls
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class DirectFileStatistics:
     """What went through a file since it was opened.
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from memdesc.errors import InvalidArgument, SegmentError, SegmentReason
-from memdesc.records import record
 from memdesc.vm.pages import check_alignment, check_integer, check_length, page_size
 from memdesc.vm.physical import PhysicalSegment
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class DMASpecification:
     """What a device can take (I/O Kit: IODMACommand::SegmentOptions).
 

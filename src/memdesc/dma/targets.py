@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from memdesc import _core
 from memdesc.descriptors.address_range import AddressRangeDescriptor, PythonBufferDescriptor
@@ -19,7 +20,6 @@ from memdesc.descriptors.sub import SubMemoryDescriptor
 from memdesc.errors import InvalidArgument, SealedError
 from memdesc.mapping import LocalMemoryMap, check_range
 from memdesc.memory.memfd import OwnedObject, find_owned
-from memdesc.records import record
 from memdesc.vm.pages import MAX_LENGTH, check_integer
 from memdesc.vm.regions import regions_in
 from memdesc.vm.task import Task
@@ -51,7 +51,7 @@ class Mark:
         self._token = None
 
 
-@record(frozen=False)
+@dataclass(slots=True)
 class Piece:
     """Bytes that lie at one address of this task.
 

@@ -16,6 +16,7 @@ import errno
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from typing import NamedTuple
@@ -25,7 +26,6 @@ import msgspec
 from memdesc.dma.files import OpenedFile
 from memdesc.dma.targets import Piece, Target
 from memdesc.errors import TransferError
-from memdesc.records import record
 from memdesc.vm.pages import MAX_LENGTH, page_size, round_page
 
 Progress = Callable[[int, int], object]
@@ -40,7 +40,7 @@ class Way(Enum):
     PREAD_BUFFERED = "pread or pwrite, through the page cache"
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Transferred:
     """What came of a transfer.
 

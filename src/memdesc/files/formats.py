@@ -7,12 +7,12 @@ against the file's size.
 from __future__ import annotations
 
 import errno
+from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 from memdesc.errors import InvalidArgument
 from memdesc.files.sources import OpenFile
-from memdesc.records import record
 from memdesc.services.arrays import check_form
 from memdesc.services.protocol.basics import check_name
 
@@ -31,7 +31,7 @@ _READERS = {
 """By suffix: the module whose `find_arrays` knows the format."""
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Member:
     """An entry of a zip archive that an array's bytes come from.
 
@@ -51,7 +51,7 @@ class Member:
         return self.entry.compress_type != 0
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class StoredArray:
     """An array as it lies in a file.
 

@@ -12,6 +12,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 from memdesc.descriptors.buffer import BufferMemoryDescriptor
 from memdesc.descriptors.snapshot import SnapshotMemoryDescriptor
@@ -21,7 +22,6 @@ from memdesc.files.formats import StoredArray, find_arrays
 from memdesc.files.placing import Place, Run, pages_of, place
 from memdesc.files.sources import Files, FileSource, Identity, OpenFile, as_sources, identify
 from memdesc.memory.page_kinds import PageKind
-from memdesc.records import record
 from memdesc.services.arrays import ALL, MOST_ENTRIES, ArrayEntry, Arrays, encode
 
 Progress = Callable[[int, int], object]
@@ -29,7 +29,7 @@ Progress = Callable[[int, int], object]
 _STEP = 1 << 20
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Loaded:
     """Arrays of files, in memory; made by `load`.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Self, final
 
 from memdesc.descriptors.sub import SubMemoryDescriptor
@@ -9,7 +10,6 @@ from memdesc.errors import ClosedError
 from memdesc.files.loading import Loaded, Progress, changed, load
 from memdesc.files.sources import Files, FileSource, as_sources
 from memdesc.memory.page_kinds import PageKind
-from memdesc.records import record
 from memdesc.services.arrays import ALL
 from memdesc.services.limits import Limits
 from memdesc.services.offers import Allow
@@ -20,7 +20,7 @@ NEW_VERSION = "version"
 """The event that tells of a new version; its value is the version's number."""
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class FileServerStatistics:
     """What a file server serves now, and what it gave.
 

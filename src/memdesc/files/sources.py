@@ -7,18 +7,18 @@ import os
 import stat
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
 
 from memdesc.errors import InvalidArgument, TransferError
-from memdesc.records import record
 
 _TICK = 0.02
 """Seconds in which a file may be written twice and show one time of change: a tick of the kernel's
 clock, with room."""
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class FileSource:
     """A file, and what to make of it.
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self, final
 
 from memdesc import _core
 from memdesc.errors import ClosedError
 from memdesc.mapping.views import GivesArrays, check_range, view_as_array
-from memdesc.records import record
 from memdesc.vm import tracing
 from memdesc.vm.forks import lock_for
 from memdesc.vm.pages import Access
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class MappingStatistics:
     """What a mapping in this task has now.
 

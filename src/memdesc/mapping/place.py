@@ -10,13 +10,13 @@ import os
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from memdesc import _core
 from memdesc.errors import InvalidArgument, MappingError, MappingReason, describe_errno
 from memdesc.memory.memfd import MemoryObject
 from memdesc.memory.page_kinds import transparent_page_size
 from memdesc.memory.placing import map_aligned
-from memdesc.records import record
 from memdesc.vm.pages import MAX_LENGTH, Access, check_integer, page_size, round_page, trunc_page
 from memdesc.vm.proc import read_text
 from memdesc.vm.telling import explains
@@ -27,7 +27,7 @@ _immutable: weakref.WeakSet[_core.MappedMemory] = weakref.WeakSet()
 """What is mapped here of objects that nobody can write any more."""
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Extent:
     """`length` bytes at `offset` of one VM object. Bytes; neither need be a page multiple."""
 
@@ -47,7 +47,7 @@ def part_of(extents: Sequence[Extent], offset: int, length: int) -> list[Extent]
     return found
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Placement:
     """How a mapping is to lie in its task.
 

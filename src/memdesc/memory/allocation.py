@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from memdesc import _core
 from memdesc.errors import AllocationError, MemdescError, describe_errno
@@ -24,7 +25,6 @@ from memdesc.memory.placing import map_aligned
 from memdesc.memory.populate import populate, populate_huge
 from memdesc.memory.recycler import offer, take, trim
 from memdesc.memory.transparent import leave_to_faults, populate_auto, populate_transparent
-from memdesc.records import record, replace
 from memdesc.vm import tracing
 from memdesc.vm.pages import MAX_LENGTH, Access, page_size, round_page
 
@@ -32,7 +32,7 @@ _WASTE = 8
 """AUTO takes reserved huge pages where rounding up to them wastes at most an eighth."""
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Request:
     """What is to be allocated. Checked by who asks; see `BufferMemoryDescriptor`."""
 

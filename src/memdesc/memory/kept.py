@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import Enum
 
 from memdesc import _core
@@ -10,7 +11,6 @@ from memdesc.errors import InvalidArgument
 from memdesc.memory.memfd import OwnedObject
 from memdesc.memory.page_kinds import PageKind
 from memdesc.memory.populate import in_parallel, workers_for
-from memdesc.records import record
 from memdesc.vm.pages import Access, round_page
 
 _LONGEST_FIT = 1.25
@@ -44,7 +44,7 @@ class Refusal(Enum):
     SPOILED = "it was made visible once more after it was freed, perhaps where no lease sees"
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class RecyclerStatistics:
     """What the recycler of this process keeps, and what it has done since the process began.
 
@@ -75,7 +75,7 @@ class RecyclerStatistics:
     refused: Mapping[Refusal, int]
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Kind:
     """What kept memory and the next buffer must have in common; a memfd can not be renamed."""
 
@@ -84,7 +84,7 @@ class Kind:
     name: str
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Want:
     """The memory that a buffer needs."""
 
@@ -94,7 +94,7 @@ class Want:
     contents: Contents
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Settings:
     """What the program said. `limit` None: a share of what is available."""
 
@@ -102,7 +102,7 @@ class Settings:
     trust_same_user: bool = False
 
 
-@record(eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Block:
     """Freed memory: a retired object, and its owner's view. Dropped, it goes to the kernel."""
 

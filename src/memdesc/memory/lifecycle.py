@@ -15,11 +15,11 @@ from __future__ import annotations
 import errno
 import os
 import weakref
+from dataclasses import dataclass
 from enum import Enum
 
 from memdesc import _core
 from memdesc.errors import SealedError
-from memdesc.records import record
 from memdesc.vm.pages import Access
 
 
@@ -55,7 +55,7 @@ class Recycling(Enum):
     NOBODY = "nobody: it goes back to the kernel"
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Row:
     """What holds in one state. `seals` are those the file has; all stay for ever."""
 

@@ -9,14 +9,14 @@ out-of-memory killer, is documented with `BufferMemoryDescriptor`.
 from __future__ import annotations
 
 import errno
+from dataclasses import dataclass
 
 from memdesc.errors import AllocationError, PageKindError
 from memdesc.memory.page_kinds import PageKind, huge_page_size, mem_available, meminfo
-from memdesc.records import record
 from memdesc.vm.cgroups import memory_cgroups
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Available:
     """What the tightest limit leaves: `nbytes`, and which `limit` that is, in words."""
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from memdesc.memory.page_kinds import PageKind, transparent_page_size
-from memdesc.records import record
 from memdesc.vm.pages import page_size, round_page, trunc_page
 from memdesc.vm.regions import details_in
 from memdesc.vm.task import Task
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class MadeOf:
     """The pages of a range: their kind, the bytes in huge ones, whether that can not change."""
 

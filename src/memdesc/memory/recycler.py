@@ -16,6 +16,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from dataclasses import replace
 from types import EllipsisType
 from typing import TypeVar
 
@@ -36,7 +37,6 @@ from memdesc.memory.lifecycle import Recycling
 from memdesc.memory.limits import available
 from memdesc.memory.memfd import OwnedObject
 from memdesc.memory.pressure import Watch, is_stalling
-from memdesc.records import replace
 from memdesc.vm.forks import lock_for
 from memdesc.vm.pages import check_integer
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import time
+from dataclasses import dataclass
 
 from memdesc import _core
 from memdesc.errors import PageKindError, describe_errno
@@ -19,7 +20,6 @@ from memdesc.memory.limits import check_available
 from memdesc.memory.made_of import look, whole_huge_pages
 from memdesc.memory.page_kinds import PageKind, transparent_page_size
 from memdesc.memory.populate import Reserving, populate
-from memdesc.records import record
 from memdesc.vm.pages import page_size
 from memdesc.vm.proc import read_text
 
@@ -35,7 +35,7 @@ _TRIES = 3
 """How often one collapse is tried that meets what passes (EAGAIN, EBUSY)."""
 
 
-@record(frozen=False)
+@dataclass(slots=True)
 class _Books:
     """What this process has seen huge and base pages cost. Guesses: no lock holds them.
 

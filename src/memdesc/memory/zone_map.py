@@ -25,11 +25,11 @@ from bisect import insort
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 
 from memdesc import _core
 from memdesc.errors import AllocationError, InvalidArgument, describe_errno
 from memdesc.memory import limits
-from memdesc.records import record
 from memdesc.vm.forks import lock_for
 from memdesc.vm.pages import MAX_LENGTH, check_integer, check_length, round_page
 
@@ -43,7 +43,7 @@ _CHECKED = 4 << 20
 """Bytes that are held against the machine's limits at a time: asking takes as long as a chunk."""
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class ZoneMapStatistics:
     """The zone map, all in bytes.
 
@@ -64,7 +64,7 @@ class ZoneMapStatistics:
     addresses_used: int
 
 
-@record(frozen=False)
+@dataclass(slots=True)
 class _Settings:
     """What is set from outside; outlives a fork."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, Self
 
 from memdesc import _core
@@ -14,7 +15,6 @@ from memdesc.descriptors.sub import SubMemoryDescriptor
 from memdesc.errors import ClosedError, InvalidArgument, PeerGoneError, ProtocolError, TimedOutError
 from memdesc.queues.layout import CONTROL, MAX_CAPACITY
 from memdesc.queues.notify import clear, own_socket
-from memdesc.records import record
 from memdesc.vm import tracing
 from memdesc.vm.awaiting import Sleepers, happens, readable
 from memdesc.vm.forks import lock_for, tell_child
@@ -33,7 +33,7 @@ _EVER = 1e6  # seconds: what a lock, and the core, take as a timeout
 _OPEN, _INHERITED = 1, 3
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class QueueStatistics:
     """What one end did since it was opened.
 

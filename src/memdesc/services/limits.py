@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import dataclass, fields
 
 from memdesc.errors import InvalidArgument
-from memdesc.records import record, types_of
 from memdesc.vm.pages import check_integer
 
 
-@record(kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """What a service lets each of its clients take at most, or a client its service.
 
@@ -62,7 +62,7 @@ class Limits:
     events: int = 64
 
     def __post_init__(self) -> None:
-        for name, kind in types_of(self).items():
+        for name, kind in [(field.name, field.type) for field in fields(self)]:
             value = getattr(self, name)
             if value is None and "None" in str(kind):
                 continue

@@ -8,6 +8,7 @@ import os
 import socket as sockets
 import time
 import weakref
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, final
 
 from memdesc.errors import (
@@ -19,7 +20,6 @@ from memdesc.errors import (
 )
 from memdesc.loop import Loop, tell_if_forked
 from memdesc.memory.closing import no_descriptor
-from memdesc.records import record
 from memdesc.services import protocol
 from memdesc.services.arrivals import Arrivals
 from memdesc.services.limits import Limits
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     pass
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Event:
     """What a service told of.
 

@@ -6,6 +6,7 @@ import errno
 import socket as sockets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from memdesc.descriptors.base import MemoryDescriptor, check_descriptor
@@ -19,7 +20,6 @@ from memdesc.errors import (
 )
 from memdesc.handover import check_giving, pack
 from memdesc.mapping import check_order, elements_of, fit
-from memdesc.records import record
 from memdesc.services import protocol
 from memdesc.services.accepting import Accepted, Accepting
 from memdesc.services.limits import Limits
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _SHARES_AT_ONCE = 128
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class _Shared:
     """One thing that a service shares, and with whom."""
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-from memdesc.records import record
 
 if TYPE_CHECKING:
     from memdesc.services.service import Service
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class ServiceStatistics:
     """What a service has now, and what it did since it was made.
 
@@ -49,7 +48,7 @@ class ServiceStatistics:
     superseded: bool
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class PeerStatistics:
     """What hangs on a connection now, as one end sees it.
 

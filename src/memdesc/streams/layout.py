@@ -45,12 +45,12 @@ from __future__ import annotations
 
 import errno
 import math
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from memdesc import _core
 from memdesc.errors import InvalidArgument
-from memdesc.records import record
 from memdesc.vm.pages import MAX_LENGTH, check_integer, check_length, round_page
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ METADATA_LIMIT = HEADER - 32
 MAX_SLOTS = 4096
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class StreamForm:
     """What a stream's memory is: all that a subscriber must know to read it.
 

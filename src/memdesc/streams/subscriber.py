@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,6 @@ from memdesc.descriptors.buffer import BufferMemoryDescriptor
 from memdesc.memory.memfd import fitting_name
 from memdesc.memory.page_kinds import PageKind
 from memdesc.queues.notify import own_socket
-from memdesc.records import record
 from memdesc.vm.pages import Access, by_name
 from memdesc.vm.task import Task
 
@@ -57,7 +57,7 @@ FAULTS = (2, 3)
 BROKE = REASONS[3]
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class SubscriberStatistics:
     """One subscriber, as the publisher last looked.
 
@@ -82,7 +82,7 @@ class SubscriberStatistics:
     notifications: int
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class StreamStatistics:
     """What a stream did since it was made.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, Self
 
 from memdesc import _core
@@ -19,7 +20,6 @@ from memdesc.errors import (
 from memdesc.mapping import LocalMemoryMap
 from memdesc.queues.notify import clear, own_socket
 from memdesc.queues.waiting import GLANCE, time_left, timed_out
-from memdesc.records import record
 from memdesc.streams.ends import (
     INHERITED,
     decode,
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 _ENDED, _SLOW, _BROKEN = 1, 2, 3
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class SubscriptionStatistics:
     """What a subscription did since it was made.
 

@@ -15,13 +15,13 @@ import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
 from memdesc import _core
 from memdesc.errors import MemdescError
 from memdesc.memory.recycler import trim
-from memdesc.records import record
 from memdesc.vm.task import Task
 
 __all__ = ["Leak", "LeakError", "LeakKind", "Resources", "find_leaks", "leak_guard"]
@@ -55,7 +55,7 @@ class LeakKind(Enum):
     SOCKET = "socket"
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Leak:
     """One thing that was left behind, in words."""
 
@@ -72,7 +72,7 @@ class LeakError(AssertionError):
         self.leaks = tuple(leaks)
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Resources:
     """What this process holds at one moment.
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import os
+from dataclasses import dataclass
 
-from memdesc.records import record
 from memdesc.vm.proc import read_text
 
 _UNLIMITED = 1 << 60  # version 1 tells "no limit" as 2**63 rounded down to a page
@@ -18,7 +18,7 @@ _FILES = {
 }
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class MemoryCgroup:
     """One memory cgroup that holds this process, directly or through those below it.
 

@@ -12,12 +12,12 @@ import errno
 import os
 from array import array
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
 
 from memdesc import _core
 from memdesc.errors import InvalidArgument, NotPreparedError, NotPrivilegedError, TimedOutError
-from memdesc.records import record
 from memdesc.vm.pages import page_size, page_span
 from memdesc.vm.patience import look_at
 from memdesc.vm.regions import Region, check_range, find_holes, regions_in
@@ -196,7 +196,7 @@ def resident_pages(task: Task, address: int, length: int) -> int:
     return sum(entry >> 63 for chunk in _chunks(task, address, length) for entry in chunk)
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Proof:
     """Whether two ranges, each of a task, are the same memory, and what shows it.
 

@@ -16,11 +16,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from memdesc import _core
 from memdesc.errors import InvalidArgument, MemdescError, describe_errno
-from memdesc.records import record
 from memdesc.vm.cgroups import memory_cgroups
 from memdesc.vm.pages import page_size
 from memdesc.vm.physical import frames
@@ -38,7 +38,7 @@ _CHILD = f"mark = {_MARK!r}; print(id(mark), flush=True); import sys; sys.stdin.
 _UNDUMPABLE = "import ctypes; ctypes.CDLL(None).prctl(4, 0, 0, 0, 0); "
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Feature:
     """One thing that the kernel allows this process or denies it.
 
@@ -65,7 +65,7 @@ class Feature:
     limit: int | None = None
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class _Found:
     """It works, and this is how."""
 
@@ -77,7 +77,7 @@ class _Lacking(Exception):
     """It was tried and is not there; the text says what was found."""
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class _Trial:
     attempt: Callable[[], _Found]
     needs: str

@@ -10,10 +10,10 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from memdesc.errors import InvalidArgument
-from memdesc.records import record, replace
 from memdesc.vm.pages import MAX_LENGTH, Access, Address, check_integer, check_length
 from memdesc.vm.task import Task
 
@@ -36,7 +36,7 @@ class ObjectKind(Enum):
     SPECIAL = "what the kernel itself maps: the vdso, rings, event buffers"
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class VMObject:
     """What one or more regions, in one or more tasks, are mappings of (XNU: a VM object).
 
@@ -62,7 +62,7 @@ class VMObject:
         return (*self.device, self.inode) if self.inode else None
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Region:
     r"""One mapping in a task: a line of /proc/PID/maps.
 
@@ -124,7 +124,7 @@ class Region:
         return self.offset + (address - self.start)
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class RegionDetails:
     """What /proc/PID/smaps adds to a region; every size in bytes.
 
@@ -162,7 +162,7 @@ class RegionDetails:
     flags: tuple[str, ...]
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class TaskStatus:
     """A task's memory in sum, from /proc/PID/status; every size in bytes.
 

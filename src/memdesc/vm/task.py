@@ -15,6 +15,7 @@ import socket as sockets
 import struct
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar, final
 
 from memdesc.errors import (
@@ -27,7 +28,6 @@ from memdesc.errors import (
     UnsupportedError,
     describe_errno,
 )
-from memdesc.records import record
 from memdesc.vm.pages import check_integer
 from memdesc.vm.patience import look_at, read_file
 from memdesc.vm.timeouts import check_timeout
@@ -40,7 +40,7 @@ _NEVER_WAITS = ("stat", "status", "comm")  # read without the lock on the task's
 _LONGEST_POLL = 10**9  # milliseconds: poll takes an int, so longer waits go in turns
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Credentials:
     """Who a task is: its pid, and its effective user and group.
 

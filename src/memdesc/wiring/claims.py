@@ -9,18 +9,18 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import NoReturn, final
 
 from memdesc import _core
 from memdesc.errors import AllocationError, InvalidArgument, MemdescError
-from memdesc.records import record
 from memdesc.vm import regions, tracing
 from memdesc.vm.pages import check_integer, page_span
 from memdesc.wiring import causes
 from memdesc.wiring.counts import Counts, Run
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class WiringStatistics:
     """What this process has wired through this module.
 
@@ -45,7 +45,7 @@ class WiringStatistics:
     not_unlocked: int
 
 
-@record(eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Claim:
     start: int
     end: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, final
 
 from memdesc.descriptors.base import MemoryDescriptor
@@ -13,7 +14,6 @@ from memdesc.dma.cuda.registrations import Claim, Registration, books
 from memdesc.dma.targets import Memory, Target, name_of
 from memdesc.errors import InvalidArgument, NotPreparedError, SealedError
 from memdesc.mapping import check_range, view_as_array
-from memdesc.records import record
 from memdesc.vm.forks import lock_for
 from memdesc.vm.pages import Access, add_run, check_integer
 
@@ -28,7 +28,7 @@ _UNKNOWN = 16
 """Copies whose end nobody asked for, before a new one looks at them: that takes a while."""
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class _Part:
     """Bytes at one address, in one registration: CUDA promises no copy out of two."""
 
@@ -38,7 +38,7 @@ class _Part:
     device_pointer: int
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class PinnedStatistics:
     """What registered memory was used for.
 

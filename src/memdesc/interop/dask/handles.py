@@ -13,7 +13,7 @@ import os
 import threading
 import weakref
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
@@ -29,7 +29,6 @@ from memdesc.interop.arrays import asarray, keeper_of, placed
 from memdesc.interop.dask.ends import REFUSED, ends
 from memdesc.interop.dask.needed import dask_deserialize, dask_serialize, plain, sizeof
 from memdesc.portable import Natural, Portable
-from memdesc.records import record
 from memdesc.services.arrays import check_form
 from memdesc.vm.pages import Access, Direction
 from memdesc.vm.telling import explains
@@ -77,7 +76,7 @@ class Handle(msgspec.Struct, frozen=True):
     form: Form | None = None
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Transfers:
     """What this process has sent and received since it began.
 

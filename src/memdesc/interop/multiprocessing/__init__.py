@@ -15,6 +15,7 @@ import typing
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing import current_process, reduction
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,6 @@ from memdesc.errors import (
 from memdesc.handover import reducers, transit
 from memdesc.handover.reducers import Handle, HandleLostError as HandleLostError
 from memdesc.interop.arrays import Keeper, keeper_of, placed
-from memdesc.records import record
 from memdesc.tables.reading import when_imported
 from memdesc.vm.pages import Access, check_length
 
@@ -52,7 +52,7 @@ __all__ = [
 ]
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Transit:
     """What this process keeps for receivers that did not come yet.
 
@@ -71,7 +71,7 @@ class Transit:
     nbytes: int
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class _Settings:
     access: Access
     plain: str

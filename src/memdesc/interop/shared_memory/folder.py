@@ -28,10 +28,10 @@ import re
 import secrets
 import stat
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Final
 
 from memdesc.errors import InvalidArgument, UnsupportedError
-from memdesc.records import record
 from memdesc.services.folder import locked, open_folder, runtime_folder
 from memdesc.vm.forks import lock_for
 
@@ -53,7 +53,7 @@ class _Threads:
 _threads: Final = _Threads()
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Record:
     """What a name says: which block, and how many bytes of it there are."""
 

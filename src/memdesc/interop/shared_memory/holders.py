@@ -11,12 +11,12 @@ import errno
 import itertools
 import os
 import re
+from dataclasses import dataclass
 
 from memdesc.descriptors.base import MemoryDescriptor
 from memdesc.errors import TaskGoneError
 from memdesc.handover import too_many_files
 from memdesc.interop.shared_memory.folder import read_record
-from memdesc.records import record
 from memdesc.vm.task import Task
 
 _HOLDER = re.compile(r"([1-9][0-9]{0,9})\.([0-9]{1,20})\.([0-9]{1,9})\.([0-9]+)", re.ASCII)
@@ -148,7 +148,7 @@ class Holding:
         return self._untell()
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Holder:
     """What the entry of one holder says."""
 

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import socket as sockets
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from memdesc.errors import TimedOutError
 from memdesc.handover import receive_descriptor
 from memdesc.interop.torch.needed import collate, default_collate_fn_map, pytree, torch
 from memdesc.interop.torch.slots import Flow, flows
-from memdesc.records import record
 
 ALIGNMENT = 256
 """Of each tensor in a slot: what CUDA gives its own allocations."""
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class Place:
     """Where a tensor lies in a slot: bytes; the strides are elements."""
 

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
 from memdesc.errors import InvalidArgument
@@ -17,14 +18,13 @@ from memdesc.interop.torch.batches import FilledBatch, SlotCollate
 from memdesc.interop.torch.moving import MOST_IN_FLIGHT, CopyStream, CudaStream, Moving
 from memdesc.interop.torch.needed import DataLoader, default_collate
 from memdesc.interop.torch.slots import Flow, SlotPool
-from memdesc.records import record
 from memdesc.vm.pages import check_integer
 
 if TYPE_CHECKING:
     from memdesc.dma.cuda import CudaDevice
 
 
-@record(frozen=False)
+@dataclass(slots=True)
 class _Counts:
     batches: int = 0
     left_out: int = 0
@@ -32,7 +32,7 @@ class _Counts:
 
 
 @final
-@record
+@dataclass(frozen=True, slots=True)
 class LoaderStatistics:
     """What a `SharedDataLoader` did since it was made.
 

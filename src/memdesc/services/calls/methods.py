@@ -7,13 +7,13 @@ import functools
 import sys
 import typing
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from memdesc.errors import InvalidArgument
 from memdesc.portable import UNREADABLE
-from memdesc.records import record
 from memdesc.services.calls.incoming import Form
 from memdesc.services.protocol import check_name
 
@@ -27,7 +27,7 @@ _Arguments = tuple[list[msgspec.Raw], dict[str, msgspec.Raw]]
 _read = msgspec.msgpack.Decoder(_Arguments).decode
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class _Parameter:
     """One argument that callers give: its name, its type, and how it may be given."""
 

@@ -10,6 +10,7 @@ import socket as sockets
 import weakref
 from abc import abstractmethod
 from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, Self, TypeVar, cast
 
 from memdesc.descriptors.buffer import BufferMemoryDescriptor
@@ -26,7 +27,6 @@ from memdesc.handover import close_all, pack
 from memdesc.memory.memfd import fitting_name
 from memdesc.queues import Consumer, Producer, create_data_queue
 from memdesc.queues.layout import CONTROL, memory_for
-from memdesc.records import record
 from memdesc.services import protocol
 from memdesc.services.accepting import Accepted
 from memdesc.services.errands import Errands
@@ -42,7 +42,7 @@ log = logging.getLogger("memdesc.services")
 _End = TypeVar("_End", Producer, Consumer)
 
 
-@record(frozen=False, eq=False)
+@dataclass(slots=True, eq=False)
 class Slot(Generic[_End]):
     """One client's queue.
 
@@ -84,7 +84,7 @@ class Slot(Generic[_End]):
         return any(events & select.POLLHUP for _, events in poll.poll(0))
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class QueueTotal:
     """What went through the queues of all clients, those that have gone too: it never falls.
 

@@ -6,6 +6,7 @@ import errno
 import socket as sockets
 import threading
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast, final
 
 from memdesc.copyio import bytes_of
@@ -19,7 +20,6 @@ from memdesc.errors import (
 )
 from memdesc.queues import Producer, notification_pair
 from memdesc.queues.layout import ENTRY_HEADER
-from memdesc.records import record
 from memdesc.services.accepting import Accepted
 from memdesc.services.offers import Allow
 from memdesc.services.queues.books import ClientQueues, Slot
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from memdesc.services.user_client import UserClient
 
 
-@record
+@dataclass(frozen=True, slots=True)
 class PutStatistics:
     """What went to one client.
 

@@ -48,7 +48,7 @@ SAYS = {
 CLAIM_NO_SPEED = {"alloc.py", "calls.py", "serve.py", "stream"}
 LIBRARIES = {"dask_cluster.py": "distributed", "table.py": "pyarrow"}
 WITH_FOLDER = {"disk.py", "serve.py"}
-ELSEWHERE = {"common.py", "dataloader.py", "gpu.py", "handover.py", "results"}
+ELSEWHERE = {"common.py", "dataloader.py", "gpu.py", "handover.py", "results", "small.py"}
 
 
 @pytest.mark.slow

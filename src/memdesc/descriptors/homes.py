@@ -86,8 +86,11 @@ def home_at(address: int, length: int) -> Home | None:
         _sorted = noted, starts, memories
     at = bisect_right(starts, address) - 1
     memory = memories[at]() if at >= 0 else None
-    # Memory that lives is mapped, and no other is at its addresses.
-    return None if memory is None else _home_in(memory, address, length)
+    # Memory that lives is mapped, and no other is at its addresses; others are right behind it,
+    # where the rest of the descriptor would lie if all of that were mapped.
+    if memory is None or address + length > memory.address + memory.length:
+        return None
+    return _home_in(memory, address, length)
 
 
 def _home_in(memory: _core.MappedMemory, address: int, length: int) -> Home | None:

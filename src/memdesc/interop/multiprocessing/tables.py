@@ -73,12 +73,13 @@ def _take(header: bytes, address: bytes, token: bytes) -> tuple[Any, int, int]:
 def _rebuild(memory: Any, offset: int, length: int) -> pa.Buffer:
     import pyarrow as pa
 
-    if isinstance(memory, bytes):
-        return pa.py_buffer(memory).slice(offset, length)
-    keeper, address, room = memory
-    if not 0 <= offset <= room - length:
+    room = len(memory) if isinstance(memory, bytes) else memory[2]
+    if length < 0 or not 0 <= offset <= room - length:
         raise HandleLostError(
             f"a buffer of {length:,} bytes at offset {offset:,} is not in the {room:,} that came",
             errno=errno.EPROTO,
         )
+    if isinstance(memory, bytes):
+        return pa.py_buffer(memory).slice(offset, length)
+    keeper, address, _ = memory
     return pa.foreign_buffer(address + offset, length, base=(keeper, memoryview(keeper)))

@@ -1,6 +1,7 @@
 """Arrow tables in memory: read in place by PyArrow, their form checked without it.
 
 * `reading`     the table that lies in some memory
+* `validating`  that it holds together
 * `messages`    what Arrow's streams and files are made of
 
 What writes tables is `memdesc.interop.arrow`.

@@ -26,11 +26,14 @@ _MOST_METADATA = 64 << 20
 """Bytes of one message's: some 100,000 columns."""
 
 # Fields of tables in Arrow's Message.fbs and Schema.fbs, counted from 0.
-_KIND, _HEADER, _BODY = 1, 2, 3
+_VERSION, _KIND, _HEADER, _BODY, _CUSTOM = 0, 1, 2, 3, 4
 _SCHEMA, _DICTIONARY, _BATCH = 1, 2, 3  # kinds of messages
 _SCHEMA_ENDIANNESS = 0
-_BATCH_COMPRESSION = 3
+_BATCH_BUFFERS, _BATCH_COMPRESSION = 2, 3
 _DICTIONARY_BATCH, _DICTIONARY_IS_DELTA = 1, 2
+_V5 = 4
+_COMPRESSED = b"ARROW:experimental_compression"
+"""The key by which batches of version 4 say it, and PyArrow believes them."""
 
 Read = Callable[[int, int, str], bytes]
 """Gives so many bytes from an offset on, that must be there; the text says what they are."""
@@ -109,16 +112,16 @@ def look(metadata: bytes, at: int = 0) -> tuple[str, int, int]:
         kind = _byte(metadata, root, _KIND)
         where = _field(metadata, root, _BODY)
         body = struct.unpack_from("<q", metadata, where)[0] if where else 0
-        return (
-            _why_not(metadata, kind, _follow(metadata, _field(metadata, root, _HEADER))),
-            kind,
-            body,
-        )
+        header = _follow(metadata, _field(metadata, root, _HEADER))
+        why = _why_not(metadata, kind, header, body)
+        if not why and _field(metadata, root, _CUSTOM) and _COMPRESSED in metadata:
+            why = "compressed" if _byte(metadata, root, _VERSION) < _V5 else ""
+        return why, kind, body
     except (struct.error, IndexError, ValueError) as error:
         raise NotArrow(f"a message's metadata of {len(metadata):,} bytes: {error}", at) from error
 
 
-def _why_not(metadata: bytes, kind: int, header: int) -> str:
+def _why_not(metadata: bytes, kind: int, header: int, body: int) -> str:
     """Say how a message is written, where Arrow would have to unpack it or put it together."""
     if kind == _SCHEMA:
         at = _field(metadata, header, _SCHEMA_ENDIANNESS)
@@ -128,9 +131,25 @@ def _why_not(metadata: bytes, kind: int, header: int) -> str:
         if _byte(metadata, header, _DICTIONARY_IS_DELTA):
             return "with a dictionary in pieces"
         header = _follow(metadata, _field(metadata, header, _DICTIONARY_BATCH))
-    if kind in (_BATCH, _DICTIONARY) and _field(metadata, header, _BATCH_COMPRESSION):
-        return "compressed"
+    if kind in (_BATCH, _DICTIONARY):
+        if _field(metadata, header, _BATCH_COMPRESSION):
+            return "compressed"
+        if _sum_of_buffers(metadata, header) > body:
+            return "with buffers that overlap"  # each would be validated: more work than bytes
     return ""
+
+
+def _sum_of_buffers(metadata: bytes, batch: int) -> int:
+    """Add up what the buffers of a batch are long: pairs of an offset in the body and a length."""
+    at = _field(metadata, batch, _BATCH_BUFFERS)
+    if not at:
+        return 0
+    at = _follow(metadata, at)
+    (count,) = struct.unpack_from("<I", metadata, at)
+    lengths = [length for _, length in struct.iter_unpack("<qq", metadata[at + 4 :][: 16 * count])]
+    if len(lengths) < count or min(lengths, default=0) < 0:
+        raise ValueError(f"{count:,} buffers do not stand there, or one is of negative length")
+    return sum(lengths)
 
 
 def _byte(metadata: bytes, table: int, number: int) -> int:

@@ -11,6 +11,7 @@ from memdesc.copyio import bytes_of
 from memdesc.descriptors.homes import lies_immutable
 from memdesc.errors import InvalidArgument, SealedError
 from memdesc.tables.messages import FILE_MAGIC, look
+from memdesc.tables.validating import validate
 from memdesc.vm.telling import needed
 
 if TYPE_CHECKING:
@@ -55,8 +56,9 @@ def table(memory: Buffer, *, trusted: bool = False) -> pa.Table:
         Not `trusted`, and somebody may still change the memory (EPERM).
     InvalidArgument
         It is no Arrow stream, or its contents do not hold together (EBADMSG); it can not be read
-        in place, as it is compressed, in another byte order, or has dictionaries in pieces
-        (ENOTSUP); it is no contiguous buffer.
+        in place, as it is compressed, in another byte order, or has dictionaries in pieces or
+        buffers that overlap (ENOTSUP); to validate it takes reading the same bytes too often, as
+        texts have too many views of them (ENOTSUP); it is no contiguous buffer.
     ModuleNotFoundError
         PyArrow is not installed.
 
@@ -65,7 +67,7 @@ def table(memory: Buffer, *, trusted: bool = False) -> pa.Table:
     What is checked unless `trusted`: that the memory is sealed against all writing; the stream's
     own metadata; and all of ``Table.validate(full=True)``: that each buffer is long enough, each
     offset and index within what it refers to, text UTF-8, decimals within their precision. It
-    reads texts, offsets and indices once, and no numbers. Not checked: what the values mean, and
+    reads texts, offsets and indices, and no numbers. Not checked: what the values mean, and
     what the schema's metadata says. Extension types that this program registered with Arrow get
     to see a stranger's parameters.
 
@@ -104,7 +106,7 @@ def table_in(view: memoryview, memory: object, *, trusted: bool = False) -> pa.T
         options = pa.ipc.IpcReadOptions(use_threads=False)
         found = pa.ipc.open_stream(source, options=options).read_all()
         if not trusted:
-            found.validate(full=True)
+            validate(pa, found, nbytes)
     except (pa.ArrowException, OSError, ValueError) as error:  # NotArrow among these
         if isinstance(error, InvalidArgument):
             raise

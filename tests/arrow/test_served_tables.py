@@ -297,6 +297,8 @@ def test_what_can_not_be_shared_as_a_table_is_refused() -> None:
             assert invalid.value.errno == errno.EINVAL
         with pytest.raises(md.MappingError):
             market.share("trades", private, content="arrow")
+        with pytest.raises(md.InvalidArgument, match="to_descriptor"):
+            market.share("trades", arrow.table(descriptor), content="arrow")
         assert not market.shares()
 
 

@@ -284,6 +284,16 @@ def test_memory_that_can_still_change_must_be_asked_for(max_access: md.Access) -
     assert arrow.table(frozen).column("price")[0].as_py() == 99.5
 
 
+def test_a_path_is_no_memory(tmp_path: Path) -> None:
+    path = tmp_path / "trades.arrow"
+    path.write_bytes(stream_of(pa.table(ROWS)))
+    for given in (path, str(path)):
+        with pytest.raises(md.InvalidArgument, match=r"files\.load") as no:
+            arrow.table(given)
+        assert no.value.errno == errno.EINVAL
+    assert md.files.load(path).arrays()["trades"].to_pydict() == ROWS  # as it says
+
+
 def test_bytes_are_immutable_and_checked() -> None:
     class Bytes(bytes):
         """May have a __buffer__ of its own (PEP 688), of whatever memory."""

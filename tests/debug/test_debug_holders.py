@@ -1,5 +1,6 @@
 """Who holds the views: told in words, whatever holds them, and nothing is kept alive by asking."""
 
+import errno
 import functools
 import gc
 import threading
@@ -200,3 +201,12 @@ def test_slots_are_told_and_those_given_back_are_not() -> None:
             assert "local variable `slot`" in holder.holder
             slot.release()
             assert debug.holders(video) == []
+
+
+def test_what_has_no_memory_of_its_own_is_refused(frames: md.BufferMemoryDescriptor) -> None:
+    for thing in ("frames", frames.array(), memoryview(frames), md.Task.current()):
+        with pytest.raises(md.InvalidArgument) as caught:
+            debug.holders(thing)
+        assert caught.value.errno == errno.EINVAL
+    with frames.map() as mapping:
+        assert debug.holders(mapping) == []

@@ -26,7 +26,7 @@ AMONG_THEMSELVES = {
 
 
 def named(column: int) -> set[str]:
-    return {name for row in ROWS for name in re.findall(r"`([\w.]+)`", row[column])}
+    return {name for row in ROWS for name in re.findall(r"(?<!\[)`([\w.]+)`", row[column])}
 
 
 def faces() -> dict[str, Any]:

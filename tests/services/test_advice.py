@@ -58,6 +58,7 @@ def test_an_array_that_lies_in_a_descriptor_leads_to_that(service):
     for array, wanted in ((inside, "md.descriptor_of(array)"), (inside[:2], "md.descriptor_of")):
         assert wanted in str(_refusal(lambda array=array: service.share("x", array)))
     for plain in (np.zeros(4), bytearray(9)):
+        assert _refusal(lambda plain=plain: service.share("x", plain)).errno == errno.EINVAL
         told = str(_refusal(lambda plain=plain: service.share("x", plain)))
         assert "md.asarray" in told if isinstance(plain, np.ndarray) else "with_buffer" in told
     service.share("x", md.descriptor_of(inside))  # as it says
@@ -143,7 +144,7 @@ def test_a_name_that_is_not_there_leads_to_those_that_are(service, client):
     text = told(lambda: client.map("zz", timeout=0.01))
     assert "0.01 s" in text
     assert "'frames'" in text
-    assert "with you" in text
+    assert "for you" in text
     assert "'video'" in told(lambda: client.subscribe("zz", timeout=0))
     assert "'samples'" in told(lambda: client.queue("zz", timeout=0))
     assert "subscribe('video')" in told(lambda: client.map("video", timeout=0))

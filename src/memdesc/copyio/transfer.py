@@ -196,5 +196,7 @@ def bytes_of(buffer: Buffer) -> memoryview:
         return view.cast("B") if view.nbytes else memoryview(bytearray())
     except TypeError as error:
         raise InvalidArgument(
-            f"{type(buffer).__name__} gives no contiguous bytes: {error}"
+            f"{type(buffer).__name__} gives no contiguous bytes: give bytes (of text, "
+            f"text.encode()), an array, a descriptor or another buffer ({error})",
+            errno=errno.EINVAL,
         ) from error

@@ -22,6 +22,7 @@ array of shape (100,) and dtype uint8
 from __future__ import annotations
 
 import atexit
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -123,15 +124,30 @@ def holders(thing: Any) -> list[Holder]:
 
     Parameters
     ----------
-    thing : MemoryDescriptor, MemoryMap, Subscription or Live
+    thing : MemoryDescriptor, LocalMemoryMap, Subscription or Live
         It need not have been noted: this works with debugging off, too.
+
+    Raises
+    ------
+    InvalidArgument
+        Something else was given, such as an array (EINVAL).
 
     Notes
     -----
     Looks at all that the garbage collector knows, which takes 0.1 s in a small program, and seconds
     in one of a million objects; for people, not for programs. Not seen: what C extensions hold.
     """
-    return find_holders(thing.thing if isinstance(thing, Live) else thing)
+    if isinstance(thing, Live):
+        thing = thing.thing
+    elif not isinstance(thing, (_core.Exporter, _core.StreamSubscriber)):
+        # No list: that would read as if nobody had it.
+        raise InvalidArgument(
+            f"who holds views of a {type(thing).__name__} can not be told: give a descriptor "
+            "(descriptor_of(array) of an array), a mapping of this process, a subscription, or a "
+            "record of live()",
+            errno=errno.EINVAL,
+        )
+    return find_holders(thing)
 
 
 def report(file: TextIO | None = None) -> None:

@@ -430,6 +430,9 @@ def check_descriptor(value: object, what: str) -> MemoryDescriptor:
         advice = "md.descriptor_of(md.asarray(array)) gives one of a copy of this array"
         if home_of(value) is not None:
             advice = "this array lies in one: md.descriptor_of(array) gives it"
+    elif hasattr(value, "__arrow_c_stream__"):  # a table of PyArrow, a data frame
+        advice = "memdesc.interop.arrow.to_descriptor(table) writes a table into one"
     raise InvalidArgument(
-        f"{what} is of type {type(value).__name__}: give a MemoryDescriptor; {advice}"
+        f"{what} is of type {type(value).__name__}: give a MemoryDescriptor; {advice}",
+        errno=errno.EINVAL,
     )

@@ -84,7 +84,7 @@ class InTransit:
     def __post_init__(self) -> None:
         status = os.fstat(self.fd)
         self.key = status.st_dev, status.st_ino, fcntl.fcntl(self.fd, fcntl.F_GETFL) & os.O_ACCMODE
-        self.nbytes = status.st_blocks * _BLOCK
+        self.nbytes = nbytes_of(status)
 
     def told(self) -> tuple[str, int] | None:
         """The memory's name and bytes; None once it is kept no more."""
@@ -176,7 +176,7 @@ class Holder:
         if len(self._objects) + objects > _most_descriptors():
             raise too_many_objects(self.counts())
         if self.limit is not None and self._nbytes + nbytes > self.limit:
-            raise too_much(self.counts(), self.limit)
+            raise too_much(self.counts(), self.limit, nbytes)
 
     def take(self, token: bytes) -> list[int]:
         """Give what is kept under a token, once; the caller closes it."""
@@ -425,6 +425,11 @@ def not_there() -> PeerGoneError:
     )
 
 
+def nbytes_of(status: os.stat_result) -> int:
+    """What counts of an object: what is allocated of it."""
+    return status.st_blocks * _BLOCK
+
+
 def too_many_objects(counts: Counts) -> MappingError:
     """Say that what is on its way takes all the descriptors that it may."""
     return MappingError(
@@ -436,11 +441,11 @@ def too_many_objects(counts: Counts) -> MappingError:
     )
 
 
-def too_much(counts: Counts, limit: int) -> LimitError:
-    """Say that what is on its way is as much as it may be."""
+def too_much(counts: Counts, limit: int, nbytes: int) -> LimitError:
+    """Say that what is on its way would be more than it may be."""
     return LimitError(
-        f"{counts.nbytes:,} bytes are on their way already, and the process that keeps them allows "
-        f"{limit:,}: let the receivers take them, forget_in_transit() what nobody will take, or "
-        "raise limit_in_transit() there",
+        f"{nbytes:,} bytes more can not be sent: {counts.nbytes:,} bytes are on their way already, "
+        f"and the process that keeps them allows {limit:,}: let the receivers take them, "
+        "forget_in_transit() what nobody will take, or raise limit_in_transit() there",
         errno=errno.EDQUOT,
     )

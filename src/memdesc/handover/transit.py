@@ -42,6 +42,7 @@ from memdesc.handover.holder import (
     Holder,
     counts_in,
     is_ours,
+    nbytes_of,
     not_there,
     peer_of,
     too_many_objects,
@@ -184,7 +185,7 @@ class Link:
         if answer[:1] == NO_FILES:
             raise too_many_objects(self._counts)
         if answer[:1] == TOO_MUCH:
-            raise too_much(self._counts, limit)
+            raise too_much(self._counts, limit, sum(nbytes_of(os.fstat(fd)) for fd in fds))
         raise not_there()
 
     def fileno(self) -> int:
@@ -309,8 +310,8 @@ class Ways:
         names = holder.names()
         more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
         warnings.warn(
-            f"memdesc: {counts.handles:,} handles that were sent and never received end with task "
-            f"{os.getpid()}, which kept {counts.nbytes:,} bytes for them: "
+            f"memdesc: what was sent and never received ends with task {os.getpid()}, which kept "
+            f"it, {counts.handles:,} handle(s) of {counts.nbytes:,} bytes: "
             f"{', '.join(names[:_NAMED])}{more}",
             ResourceWarning,
             stacklevel=1,

@@ -68,10 +68,8 @@ def not_offered(
         ]
         # Without a rule, so none is called for what nobody asked for.
         few = [one for one in islice(known, _MOST_NAMES) if rule_of(known[one]) is None]
-    if name == ALL:
-        told = f"service {service.name!r} {what} arrays together (the share {ALL!r}) with you"
-    else:
-        told = f"service {service.name!r} {what} {name[:80]!r} with you"
+    one = f"arrays together (the share {ALL!r})" if name == ALL else f"{what} {name[:80]!r}"
+    told = f"service {service.name!r} has no {one} for you"
     names = [one for one in few if one != ALL]
     for method, rule in others:
         if allows(rule, client, name):

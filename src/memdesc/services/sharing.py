@@ -134,14 +134,14 @@ class Sharing(Accepting):
         access = descriptor.max_access if access is None else Access(access)
         if not access.within(descriptor.max_access):
             raise SealedError(
-                f"{descriptor.name!r} gives {descriptor.max_access.value} at most: make it with "
-                "max_access=READ_WRITE to share it for writing",
+                f"what is shared as {name!r} gives {descriptor.max_access.value} at most: make it "
+                "with max_access=READ_WRITE to share it for writing",
                 errno=errno.EACCES,
             )
         if enforced and access is Access.READ_ONLY and descriptor.max_access.writable:
             raise SealedError(
-                f"{descriptor.name!r} is max_access=READ_WRITE: a client that it is shared with "
-                "read-only could re-open it for writing; make it READ_ONLY, or say "
+                f"what is shared as {name!r} is max_access=READ_WRITE: a client that it is shared "
+                "with read-only could re-open it for writing; make it READ_ONLY, or say "
                 "enforced=False if a courtesy is enough",
                 errno=errno.EACCES,
             )
@@ -149,7 +149,7 @@ class Sharing(Accepting):
             extents = descriptor._extents(0, descriptor.length, access)
             check_giving(extents, access, enforced=enforced)
         shape, kind = _check_layout(descriptor, shape, dtype, order)
-        _check_content(descriptor, content, kind)
+        _check_content(name, descriptor, content, kind)
         column_major = order == "F"
         shared = _Shared(
             name, descriptor, access, enforced, shape, kind, column_major, content, allow
@@ -211,7 +211,7 @@ class Sharing(Accepting):
         with self._lock:
             shared = self._shares.get(name)
         if shared is None or not allows(shared.allow, client, name):
-            raise not_offered(self, client, "map", name, "shares no")
+            raise not_offered(self, client, "map", name, "share")
         return shared
 
     def _offers(self) -> Offers:
@@ -318,7 +318,9 @@ def _check_layout(
     return None if shape is None else fitting, elements.dtype
 
 
-def _check_content(descriptor: MemoryDescriptor, content: str, dtype: str | None) -> None:
+def _check_content(
+    name: str, descriptor: MemoryDescriptor, content: str, dtype: str | None
+) -> None:
     """Check that what is shared as a table can be read as one."""
     if content not in ("", ARROW) or (content and dtype is not None):
         raise InvalidArgument(
@@ -330,7 +332,7 @@ def _check_content(descriptor: MemoryDescriptor, content: str, dtype: str | None
     extents = descriptor._extents(0, descriptor.length, Access.READ_ONLY)
     if not all(extent.object.immutable for extent in extents):
         raise SealedError(
-            f"{descriptor.name!r} can still be changed, so no client would read it as a table: "
-            "share what arrow.to_descriptor(...) gives, or its snapshot()",
+            f"what is shared as {name!r} can still be changed, so no client would read it as a "
+            "table: share what arrow.to_descriptor(...) gives, or its snapshot()",
             errno=errno.EPERM,
         )

@@ -133,7 +133,7 @@ class Streaming(Accepting):
         with self._lock:
             stream, rule = self._streams.get(name, (None, None))
         if stream is None or stream.closed or not allows(rule, client, name):
-            raise not_offered(self, client, "subscribe", name, "has no stream")
+            raise not_offered(self, client, "subscribe", name, "stream")
         return stream
 
     def _offers(self) -> Offers:

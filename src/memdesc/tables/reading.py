@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,8 @@ def table(memory: Buffer, *, trusted: bool = False) -> pa.Table:
         It is no Arrow stream, or its contents do not hold together (EBADMSG); it can not be read
         in place, as it is compressed, in another byte order, or has dictionaries in pieces or
         buffers that overlap (ENOTSUP); to validate it takes reading the same bytes too often, as
-        texts have too many views of them (ENOTSUP); it is no contiguous buffer.
+        texts have too many views of them (ENOTSUP); it is a path, or no contiguous buffer
+        (EINVAL).
     ModuleNotFoundError
         PyArrow is not installed.
 
@@ -83,6 +85,12 @@ def table(memory: Buffer, *, trusted: bool = False) -> pa.Table:
     >>> trades.column("price").to_pylist()
     [99.5, 101.0]
     """
+    if isinstance(memory, str | os.PathLike):
+        raise InvalidArgument(
+            f"{str(memory)[:80]!r} is a path, no memory: memdesc.files.load(path).arrays() has the "
+            "tables of files that are not compressed, pyarrow reads others",
+            errno=errno.EINVAL,
+        )
     return table_in(bytes_of(memory).toreadonly(), memory, trusted=trusted)
 
 

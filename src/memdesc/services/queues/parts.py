@@ -235,7 +235,7 @@ class QueueingClient(Accepted):
         queues = service.queues()
         queue = queues.get(request.name)
         if queue is None or not allows(queue._allow, self, queue.name):
-            raise not_offered(service, self, "queue", request.name, "has no queue")
+            raise not_offered(service, self, "queue", request.name, "queue")
         theirs = [known for known in queues.values() if known._sweep(self)]
         if queue in theirs:
             raise InvalidArgument(

@@ -62,6 +62,16 @@ def test_what_moves() -> None:
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["service", "busy", "idle"]
 
 
+def test_one_service_of_several() -> None:
+    with md.Service("busy"), md.Service("idle"):
+        done = memdesc("top", "idle", "--interval", "0.1")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert [line.split()[0] for line in done.stdout.splitlines()] == ["service", "idle"]
+        done = memdesc("top", "idel")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == "memdesc top: there is no service 'idel'; there is idle, busy\n"
+
+
 def test_what_goes_through_queues_and_streams() -> None:
     with md.Service("camera") as service, Looks() as looks:
         stream, samples = service.stream("video", nbytes=100), service.queue("samples")

@@ -131,6 +131,7 @@ def ls(service: str | None, long: bool, as_json: bool) -> None:
 
 
 @memdesc.command(short_help="Show what moves in services, live.")
+@click.argument("service", required=False, shell_complete=completion.services)
 @click.option(
     "--interval",
     type=click.FloatRange(0.1, 3600),
@@ -140,11 +141,13 @@ def ls(service: str | None, long: bool, as_json: bool) -> None:
 )
 @click.option("--once", is_flag=True, help="One table; its rates are of one interval.")
 @click.option("--json", "as_json", is_flag=True, help="A JSON object on a line for each look.")
-def top(interval: float, once: bool, as_json: bool) -> None:
-    """Show what moves: calls, entries, slots and bytes a second of each service, and its memory.
+def top(service: str | None, interval: float, once: bool, as_json: bool) -> None:
+    """Show what moves: calls, entries, slots and bytes a second, and memory.
 
-    Live on a terminal, where q or Ctrl-C ends it; one table where it is piped. Exit status: 0.
+    Of each service, or of one SERVICE. Live on a terminal, where q or Ctrl-C ends it; one table
+    where it is piped. Exit status: 0; 1 if SERVICE is not there.
     """
+    from memdesc.cli.looking import check_there
     from memdesc.cli.top import Looks
     from memdesc.cli.top_screen import TopScreen
     from memdesc.cli.words import as_json as to_json
@@ -152,7 +155,9 @@ def top(interval: float, once: bool, as_json: bool) -> None:
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGHUP, _stop)
     screen = TopScreen(to_stderr=False)
-    with Looks() as looks, contextlib.suppress(KeyboardInterrupt):
+    if service is not None:
+        check_there(service)
+    with Looks(service) as looks, contextlib.suppress(KeyboardInterrupt):
         if screen.live and not once and not as_json:
             screen.run(looks, interval)
             return

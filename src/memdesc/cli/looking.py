@@ -198,12 +198,14 @@ def _reach(path: Path) -> Inquiry:
         return Inquiry(path)
 
 
-def sockets() -> list[tuple[str, Path]]:
-    """Find the sockets of services: (name for `connect`, path).
+def sockets(name: str | None = None) -> list[tuple[str, Path]]:
+    """Find the sockets of services, or of that one: (name for `connect`, path).
 
     In the folder of this user's services; and, where MEMDESC_RUNTIME_DIR does not say which that
     is, in those of all users that this one may read.
     """
+    if name is not None:
+        return [(name, Path(folder.socket_path(name)))]
     own = Path(folder.runtime_folder())
     found = [(path.name, path) for path in _sockets_in(own, None)]
     if "MEMDESC_RUNTIME_DIR" not in os.environ:
@@ -228,6 +230,16 @@ def tell_others(names: Sequence[str]) -> str:
     return f"there is {', '.join(harmless(one, 60) for one in names[:_TOLD])}{more}"
 
 
+def check_there(name: str) -> None:
+    """Raise `ServiceNotFoundError`, which tells of others, unless that service is there."""
+    with Watch() as watch:
+        (seen,) = watch.look(sockets(name), items=False)
+    if seen.state in GONE:
+        raise ServiceNotFoundError(
+            f"there is no service {name!r}; {tell_others(others(name))}", errno=errno.ENOENT
+        )
+
+
 def pid_of(name: str) -> int:
     """Find the process of a service.
 
@@ -237,7 +249,7 @@ def pid_of(name: str) -> int:
         It is not there, or there is no telling whose it is.
     """
     with Watch() as watch:
-        (seen,) = watch.look([(name, Path(folder.socket_path(name)))], items=False)
+        (seen,) = watch.look(sockets(name), items=False)
         pid = seen.pid
     if pid is not None:
         return pid

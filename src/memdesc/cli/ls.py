@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from memdesc.cli import in_transit
 from memdesc.cli.looking import GONE, Seen, Watch, others, sockets
 from memdesc.cli.words import program_of
-from memdesc.services import folder, protocol
+from memdesc.services import protocol
 from memdesc.vm.holders import HeldObject, Holding, Identity, Survey, survey
 from memdesc.vm.pages import Access, page_size
 
@@ -29,9 +28,8 @@ _FIGURES = (
 
 def gather(name: str | None = None) -> dict[str, Any]:
     """Ask all services, or that one; look who has their memory, and what is nobody's."""
-    wanted = sockets() if name is None else [(name, Path(folder.socket_path(name)))]
     with Watch() as watch:
-        found = watch.look(wanted, items=True)
+        found = watch.look(sockets(name), items=True)
     told = [_service(seen) for seen in found]
     claimed = {
         (one["device"], one["inode"])

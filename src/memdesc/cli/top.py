@@ -32,9 +32,10 @@ class _Sample:
 
 
 class Looks:
-    """One look after the other; each tells the rates since the one before."""
+    """One look after the other, at all services or at one; each tells the rates since the last."""
 
-    def __init__(self) -> None:
+    def __init__(self, service: str | None = None) -> None:
+        self._service = service
         self._watch = Watch()
         self._before: dict[Path, _Sample] = {}
         self._at = time.monotonic()
@@ -44,7 +45,7 @@ class Looks:
         begun = time.monotonic()
         memory: dict[int, _Memory] = {}
         found, samples = [], {}
-        for seen in self._watch.look(sockets(), items=False):
+        for seen in self._watch.look(sockets(self._service), items=False):
             sample = _sample(seen)
             samples[seen.path] = sample
             found.append(_told(seen, _rates(sample, self._before.get(seen.path)), memory))

@@ -214,10 +214,10 @@ def _entries(
         for array, offset in zip(arrays, placed.offsets, strict=True):
             other = seen.setdefault(array.name, file)
             if other is not file or array.name == ALL:
+                why = "all arrays together are" if array.name == ALL else f"one of {other.path} is"
                 raise InvalidArgument(
-                    f"array {array.name[:80]!r} of {file.path} can not be called that: "
-                    f"{other.path} has one, or it is what all arrays together are called; give "
-                    "one of the files another name: NAME=FILE on the command line, `name` of a "
+                    f"array {array.name[:80]!r} of {file.path} can not be called that, as {why}: "
+                    "give a file another name: NAME=FILE on the command line, `name` of a "
                     "FileSource in Python",
                     errno=errno.EEXIST,
                 )

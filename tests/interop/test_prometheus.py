@@ -126,6 +126,11 @@ def test_files_that_are_served(tmp_path: Path) -> None:
         assert at(told, "files_arrays", service="model") == 1
         model.reload()
         assert at(scraped(collector), "files_version", service="model") == 2
+        with md.connect("model"):
+            both = Collector(model.service, model)  # one and the same: not counted twice
+            told = scraped(both)
+            assert at(told, "service_clients", service="model") == 1
+            assert at(told, "files_version", service="model") == 2
     assert at(scraped(collector), "files_version", service="model") is None
 
 

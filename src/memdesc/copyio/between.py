@@ -96,7 +96,7 @@ def copy_between(
     if target.is_current:
         raise InvalidArgument(
             f"cannot {doing} with a timeout: what came after it would be written into this "
-            "process; give copyin_into a buffer, and it the timeout",
+            "process; give memdesc.copyio.copyin_into a buffer and the timeout",
             errno=errno.EINVAL,
         )
     others = [target] if source.is_current else [target, source]

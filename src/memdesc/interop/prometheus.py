@@ -130,13 +130,18 @@ class Collector:
             self.add(service)
 
     def add(self, service: object) -> None:
-        """Tell of one more `Service` or `FileServer` from now on."""
+        """Tell of one more `Service` or `FileServer` from now on.
+
+        Of a `FileServer` that takes the place of its `service`, which would be counted twice.
+        """
         if not isinstance(_service_of(service), Service):
             raise InvalidArgument(
                 f"can not tell of {type(service).__name__}: give a Service or a FileServer",
                 errno=errno.EINVAL,
             )
-        self._services = [ref for ref in self._services if ref() not in (None, service)]
+        self._services = [
+            ref for ref in self._services if _service_of(ref()) not in (None, _service_of(service))
+        ]
         self._services.append(weakref.ref(service))
 
     def describe(self) -> Iterator[Metric]:

@@ -286,3 +286,12 @@ def test_who_outlives_the_service_is_told_how_to_find_the_next_one(puppet):
         assert caught.value.errno == errno.ECONNRESET
     connection.task.close()
     md.Service("last").close()  # sweeps what the killed one left
+
+
+def test_a_shape_that_is_none_leads_to_one():
+    buffer = md.BufferMemoryDescriptor(16)
+    for wrong, wanted in (("f4", "dtype="), ((-1, 2), "None"), (-1, "None")):
+        refusal = _refusal(lambda wrong=wrong: buffer.array(wrong, "u1"))
+        assert refusal.errno == errno.EINVAL
+        assert wanted in str(refusal)
+    assert buffer.array(None, "f4").shape == buffer.array(dtype="f4").shape == (4,)  # as it says

@@ -98,6 +98,12 @@ def fit(
     RangeError
         It takes more.
     """
+    if isinstance(shape, str):
+        raise InvalidArgument(
+            f"shape is {shape[:80]!r}: give integers, or None for all that fits; the dtype comes "
+            "second, or as dtype=",
+            errno=errno.EINVAL,
+        )
     if shape is None:
         shape = (room // itemsize,)
     elif not isinstance(shape, (tuple, list)):
@@ -106,7 +112,11 @@ def fit(
     count = 1
     for extent in shape:
         if extent < 0:
-            raise InvalidArgument(f"shape {shape} has a negative extent")
+            raise InvalidArgument(
+                f"shape {shape} has a negative extent: give all extents, or None for one dimension "
+                "of all that fits, and reshape() that",
+                errno=errno.EINVAL,
+            )
         count *= extent
     if count * itemsize > room:
         raise RangeError(

@@ -70,17 +70,19 @@ def leave(sock: socket.socket, fd: int, token: bytes) -> bytes:
     return sock.recv(ANSWER)[:1]
 
 
-def test_who_connects_without_end_leaves_the_program_its_descriptors() -> None:
+@pytest.mark.parametrize("others", [0, 15, 30])
+def test_who_connects_without_end_leaves_the_program_its_descriptors(others: int) -> None:
     def work() -> tuple[bytes, list[int]]:
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        before = [os.dup(0) for _ in range(others)]
         keeps = holder()
 
         def flood() -> bytes:
             resource.setrlimit(resource.RLIMIT_NOFILE, (min(400, hard), hard))
             honest = stranger(keeps.address)
             came = [leave(honest, os.memfd_create("kept"), os.urandom(TOKEN))]
-            idle = [stranger(keeps.address) for _ in range(min(400, hard) - 40)]
+            idle = [stranger(keeps.address) for _ in range(min(400, hard) - 40 - others)]
             came.append(leave(idle[-1], os.memfd_create("kept"), os.urandom(TOKEN)))
             while came[-1] == YES:
                 fd = os.memfd_create("kept")
@@ -88,7 +90,10 @@ def test_who_connects_without_end_leaves_the_program_its_descriptors() -> None:
                 os.close(fd)
             return came[0] + came[1] + came[-1]
 
-        return in_child(flood), [os.dup(0) for _ in range(10)]
+        letters, spare = in_child(flood), [os.dup(0) for _ in range(10)]
+        for fd in before:
+            os.close(fd)
+        return letters, spare
 
     letters, spare = in_child(work)
     assert letters == YES + YES + NO_FILES

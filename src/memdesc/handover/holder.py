@@ -49,6 +49,9 @@ _CREDENTIALS = struct.Struct("iII")
 _SHARE = 3, 4
 """Of the file descriptors that its process may have, what a holder keeps at most: whatever nobody
 ever takes, and whoever connects, leaves the program some to go on with."""
+_LINKS = 1, 2
+"""Of them, what connections take at most, so that whoever connects leaves room for what is kept:
+that is refused by its number, below which the program's other descriptors lie, too."""
 _BLOCK = 512
 _PAUSE = 0.05
 _OVERFLOW = 65534
@@ -276,7 +279,10 @@ class Holder:
 
     def _take_in(self, link: sockets.socket) -> None:
         link.setblocking(False)
-        if self._links and len(self._links) + len(self._objects) >= _most_descriptors():
+        links = len(self._links)
+        if links >= _most_descriptors(_LINKS) or (
+            links and links + len(self._objects) >= _most_descriptors()
+        ):
             self._hang_up(next(iter(self._links)))  # who comes back for more connects again
         self._links[link] = None
         self._loop.watch(link.fileno(), lambda _: self._serve(link))
@@ -385,8 +391,8 @@ class Holder:
         self._objects.clear()
 
 
-def _most_descriptors() -> int:
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] * _SHARE[0] // _SHARE[1]
+def _most_descriptors(share: tuple[int, int] = _SHARE) -> int:
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] * share[0] // share[1]
 
 
 def peer_of(sock: sockets.socket) -> tuple[int, int]:

@@ -105,6 +105,13 @@ def test_files_and_functions_are_small(path: Path) -> None:
             assert (node.end_lineno or 0) - first.lineno < 50, f"{path}:{node.lineno} {node.name}"
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT / "src")))
+def test_every_wrong_argument_has_an_errno(path: Path) -> None:
+    calls = [one for one in ast.walk(ast.parse(path.read_text())) if isinstance(one, ast.Call)]
+    wrong = [one for one in calls if ast.unparse(one.func) == "InvalidArgument"]
+    assert all("errno" in {given.arg for given in one.keywords} for one in wrong)
+
+
 def test_no_reason_for_a_file_that_is_not_long() -> None:
     for name, reason in LONG_FILES.items():
         assert reason

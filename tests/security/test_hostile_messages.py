@@ -167,7 +167,7 @@ def test_no_header_does_more_than_raise(
             with received:
                 use(received)
             del received
-    assert open_files() == before
+    assert open_files() <= before  # what earlier tests left may go meanwhile
 
 
 @settings(deadline=None, max_examples=200)
@@ -207,7 +207,7 @@ def test_no_bytes_do_more_than_raise(header: bytes, fds: int) -> None:
     before = open_files()
     with sent((message(header), ["writable"] * fds)) as sock, pytest.raises(MemdescError):
         receive_descriptor(sock)
-    assert open_files() == before
+    assert open_files() <= before  # what earlier tests left may go meanwhile
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def test_descriptors_in_every_packet_do_not_fill_the_table() -> None:
             receive_descriptor(right)
         assert caught.value.errno == errno.EPROTO
         assert "300 descriptors" in str(caught.value)
-        assert open_files() == before
+        assert open_files() <= before  # what earlier tests left may go meanwhile
     os.close(fd)
 
 

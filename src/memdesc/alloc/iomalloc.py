@@ -300,7 +300,8 @@ def io_malloc_contiguous(nbytes: int, alignment: int = 1) -> PageBlock:
     if alignment > max(huge, page_size):
         raise InvalidArgument(
             f"alignment is {alignment:,}: physical memory is aligned to a huge page, {huge:,} "
-            "bytes, at most"
+            "bytes, at most",
+            errno=errno.EINVAL,
         )
     try:
         buffer = make(pages=PageKind.HUGE)
@@ -350,7 +351,8 @@ def io_free(block: object) -> None:
             return
     raise InvalidArgument(
         f"{block!r} was not allocated by io_malloc or its kin: give back each thing where it came "
-        "from (zone.free, descriptor.close)"
+        "from (zone.free, descriptor.close)",
+        errno=errno.EINVAL,
     )
 
 

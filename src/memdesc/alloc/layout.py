@@ -91,7 +91,9 @@ def _chunk_length(stride: int, max_elements: int) -> int:
 def check_name(name: str) -> str:
     """Give a zone's name back if a table can show it, else raise `InvalidArgument`."""
     if not isinstance(name, str):
-        raise InvalidArgument(f"a zone's name is of type {type(name).__name__}: give a str")
+        raise InvalidArgument(
+            f"a zone's name is of type {type(name).__name__}: give a str", errno=errno.EINVAL
+        )
     if not 1 <= len(name) <= _LONGEST_NAME or not name.isprintable():
         raise InvalidArgument(
             f"a zone's name is {name[:80]!r}, of {len(name)} characters: give 1 to "

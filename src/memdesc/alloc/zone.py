@@ -172,19 +172,23 @@ class Zone(ChunkList):
         XNU: zone_require, which panics. Takes time in the number of chunks.
         """
         if isinstance(buffer, _core.ZoneElement) and not buffer.living:
-            raise InvalidArgument(f"{self!r}: element number {buffer.number} was freed")
+            raise InvalidArgument(
+                f"{self!r}: element number {buffer.number} was freed", errno=errno.EINVAL
+            )
         address, nbytes, _ = _core.buffer_address(bytes_of(buffer))
         found = self._find(address)
         if found is None:
             raise InvalidArgument(
-                f"{nbytes:,} bytes at {address:#x} are not of {self!r}: allocate them there"
+                f"{nbytes:,} bytes at {address:#x} are not of {self!r}: allocate them there",
+                errno=errno.EINVAL,
             )
         start, number = found
         if number <= 0:
             state = "free" if number == 0 else "quarantined"
             raise InvalidArgument(
                 f"{nbytes:,} bytes at {address:#x} lie in an element of {self!r} that is {state}: "
-                "a pointer to it was kept after free()"
+                "a pointer to it was kept after free()",
+                errno=errno.EINVAL,
             )
         if address + nbytes > start + self.element_size:
             raise RangeError(
@@ -271,12 +275,14 @@ class Zone(ChunkList):
         if not isinstance(element, _core.ZoneElement):
             raise InvalidArgument(
                 f"{self!r} can not free an object of type {type(element).__name__}: give what "
-                "alloc() gave, not a view of it"
+                "alloc() gave, not a view of it",
+                errno=errno.EINVAL,
             )
         if element.zone is not self:
             raise InvalidArgument(
                 f"{self!r} can not free element number {element.number} of {element.zone!r}: free "
-                "it there"
+                "it there",
+                errno=errno.EINVAL,
             )
         self._check_own()
         if not element.living:

@@ -147,7 +147,9 @@ def copyin_into(task: Task, address: int, buffer: Buffer, *, timeout: float | No
     """
     with bytes_of(buffer) as view:
         if view.readonly:
-            raise InvalidArgument("cannot copy in: the buffer is read-only; give a writable one")
+            raise InvalidArgument(
+                "cannot copy in: the buffer is read-only; give a writable one", errno=errno.EINVAL
+            )
         check_timeout(timeout)
         doing = f"copy {len(view):,} bytes in from"
         if timeout is None:

@@ -69,7 +69,7 @@ def unregister_copier(task: Task, copier: Copier) -> None:
     """
     with _copiers_lock:
         if _copiers.get(_key(task), {}).pop(id(copier), None) is None:
-            raise InvalidArgument(f"{copier!r} is not registered for {task!r}")
+            raise InvalidArgument(f"{copier!r} is not registered for {task!r}", errno=errno.EINVAL)
 
 
 def route(task: Task) -> Route:

@@ -153,7 +153,7 @@ def check_size(value: int, what: str) -> int:
     """Give a number of bytes back, 0 or more."""
     size = check_integer(value, what)
     if size < 0:
-        raise InvalidArgument(f"{what} is {size}: give 0 or more bytes")
+        raise InvalidArgument(f"{what} is {size}: give 0 or more bytes", errno=errno.EINVAL)
     return size
 
 
@@ -175,9 +175,11 @@ def check_place(
         place = address.__index__()
     except AttributeError:
         kind = type(address).__name__
-        raise InvalidArgument(f"{name} is of type {kind}: give an integer") from None
+        raise InvalidArgument(
+            f"{name} is of type {kind}: give an integer", errno=errno.EINVAL
+        ) from None
     if place < 0:
-        raise InvalidArgument(f"{name} is {place}: addresses are 0 or more")
+        raise InvalidArgument(f"{name} is {place}: addresses are 0 or more", errno=errno.EINVAL)
     if place + nbytes > _END:
         raise CopyError(
             f"cannot {doing} {place:#x}: the range goes past the addresses that a task can have",

@@ -102,7 +102,9 @@ def set_thresholds(given: Thresholds | Calibration | None) -> None:
     if isinstance(given, Thresholds):
         given = Calibration(given, Origin.BY_HAND, "set_thresholds")
     if given is not None and not isinstance(given, Calibration):
-        raise InvalidArgument(f"{given!r} are no thresholds: give a Thresholds, or None")
+        raise InvalidArgument(
+            f"{given!r} are no thresholds: give a Thresholds, or None", errno=errno.EINVAL
+        )
     _current = given
 
 
@@ -205,7 +207,9 @@ def _parse_values(text: str) -> Thresholds:
     for part in text.split(","):
         name, equals, value = part.partition("=")
         if not equals:
-            raise InvalidArgument(f"{part!r} is not NAME=BYTES or NAME=never, nor a path")
+            raise InvalidArgument(
+                f"{part!r} is not NAME=BYTES or NAME=never, nor a path", errno=errno.EINVAL
+            )
         values[name.strip()] = None if value.strip() == "never" else int(value)
     return _made(values)
 
@@ -213,7 +217,10 @@ def _parse_values(text: str) -> Thresholds:
 def _made(values: object) -> Thresholds:
     names = {each.name for each in fields(Thresholds)}
     if not isinstance(values, dict) or not values.keys() <= names:
-        raise InvalidArgument(f"{values!r} are no thresholds: there are {', '.join(sorted(names))}")
+        raise InvalidArgument(
+            f"{values!r} are no thresholds: there are {', '.join(sorted(names))}",
+            errno=errno.EINVAL,
+        )
     return Thresholds(**values)
 
 
@@ -225,18 +232,22 @@ def _read(path: str) -> Calibration:
     with open(fd, "rb") as file:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST_FILE:
-            raise InvalidArgument(f"it is no file of at most {_LARGEST_FILE:,} bytes")
+            raise InvalidArgument(
+                f"it is no file of at most {_LARGEST_FILE:,} bytes", errno=errno.EINVAL
+            )
         if status.st_uid not in (os.geteuid(), 0):
-            raise InvalidArgument(f"it belongs to user {status.st_uid}")
+            raise InvalidArgument(f"it belongs to user {status.st_uid}", errno=errno.EINVAL)
         record = json.loads(file.read(_LARGEST_FILE))
     if not isinstance(record, dict) or "thresholds" not in record:
-        raise InvalidArgument("it has no `thresholds`")
+        raise InvalidArgument("it has no `thresholds`", errno=errno.EINVAL)
     found = _made(record["thresholds"])
     measured, key = record.get("measured", ""), record.get("key")
     if not measured:
         return Calibration(found, Origin.BY_HAND, path)
     if key != machine_key():
-        raise InvalidArgument(f"it was measured on {key}, this is {machine_key()}: measure again")
+        raise InvalidArgument(
+            f"it was measured on {key}, this is {machine_key()}: measure again", errno=errno.EINVAL
+        )
     figures = {
         str(way): {int(size): float(seconds) for size, seconds in by_size.items()}
         for way, by_size in record.get("figures", {}).items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass, fields
 
 from memdesc.errors import InvalidArgument
@@ -43,4 +44,6 @@ class Thresholds:
             if value is None and name != "inline":
                 continue
             if isinstance(value, bool) or check_integer(value, name) < 0:
-                raise InvalidArgument(f"{name} is {value}: give bytes, 0 or more")
+                raise InvalidArgument(
+                    f"{name} is {value}: give bytes, 0 or more", errno=errno.EINVAL
+                )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from enum import Enum
 
@@ -87,7 +88,8 @@ def way_for(
         if not shareable:
             raise InvalidArgument(
                 f"a receiver can not keep writing {size:,} bytes of private memory, which no other "
-                "task can map: allocate them with a BufferMemoryDescriptor"
+                "task can map: allocate them with a BufferMemoryDescriptor",
+                errno=errno.EINVAL,
             )
         return Choice(Way.MAPPING, "what the receiver goes on writing must be the same memory")
     if size <= limits.inline:
@@ -176,9 +178,11 @@ def _from(limit: int | None) -> str:
 def _check(nbytes: int, direction: Direction) -> int:
     size = check_integer(nbytes, "nbytes")
     if size < 0:
-        raise InvalidArgument(f"nbytes is {size}: give 0 or more bytes")
+        raise InvalidArgument(f"nbytes is {size}: give 0 or more bytes", errno=errno.EINVAL)
     if Direction(direction) is Direction.NONE:
-        raise InvalidArgument("a block that crosses needs a direction: give IN, OUT or OUT_IN")
+        raise InvalidArgument(
+            "a block that crosses needs a direction: give IN, OUT or OUT_IN", errno=errno.EINVAL
+        )
     return size
 
 

@@ -66,7 +66,7 @@ def start(frames: int = 8) -> None:
     """
     global _ledger
     if not 1 <= check_integer(frames, "frames") <= 100:
-        raise InvalidArgument(f"frames is {frames}: give 1 to 100")
+        raise InvalidArgument(f"frames is {frames}: give 1 to 100", errno=errno.EINVAL)
     if _ledger is None:
         _ledger = _hook.books = Ledger(frames)
         _core.note_slots(_ledger.note_slot)
@@ -114,7 +114,8 @@ def live() -> list[Live]:
     """
     if _ledger is None:
         raise InvalidArgument(
-            "nothing is noted: call memdesc.debug.start(), or set MEMDESC_DEBUG=1"
+            "nothing is noted: call memdesc.debug.start(), or set MEMDESC_DEBUG=1",
+            errno=errno.EINVAL,
         )
     return _ledger.live()
 

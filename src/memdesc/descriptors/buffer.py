@@ -429,7 +429,8 @@ def _check_pages(pages: PageKind, max_access: Access) -> PageKind:
     if pages is PageKind.HUGE and max_access.writable:
         raise InvalidArgument(
             "huge pages with max_access=READ_WRITE: a task that may write huge memory can "
-            "punch a page out and kill this one with SIGBUS; use other pages, or READ_ONLY"
+            "punch a page out and kill this one with SIGBUS; use other pages, or READ_ONLY",
+            errno=errno.EINVAL,
         )
     there = transparent_page_size() if pages is PageKind.TRANSPARENT_HUGE else pages.page_size
     if not there:

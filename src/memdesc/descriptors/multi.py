@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, final
 
@@ -36,7 +37,8 @@ class MultiMemoryDescriptor(MemoryDescriptor):
     ) -> None:
         if not isinstance(members, Sequence) or not members:
             raise InvalidArgument(
-                f"members is {members!r}: give a sequence of at least one MemoryDescriptor"
+                f"members is {members!r}: give a sequence of at least one MemoryDescriptor",
+                errno=errno.EINVAL,
             )
         for number, member in enumerate(members):
             check_descriptor(member, f"member {number}")

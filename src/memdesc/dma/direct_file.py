@@ -134,12 +134,15 @@ class DirectFile:
             weakref.WeakKeyDictionary()
         )
         if not 1 <= check_integer(queue_depth, "queue_depth") <= 1024:
-            raise InvalidArgument(f"queue_depth is {queue_depth}: give 1 to 1024")
+            raise InvalidArgument(
+                f"queue_depth is {queue_depth}: give 1 to 1024", errno=errno.EINVAL
+            )
         if not page_size <= check_integer(block_size, "block_size") <= 1 << 30 or (
             block_size % page_size
         ):
             raise InvalidArgument(
-                f"block_size is {block_size:,}: give a multiple of {page_size:,} up to 1 GiB"
+                f"block_size is {block_size:,}: give a multiple of {page_size:,} up to 1 GiB",
+                errno=errno.EINVAL,
             )
         self.queue_depth = queue_depth
         self.block_size = block_size

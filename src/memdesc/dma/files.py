@@ -48,7 +48,9 @@ class OpenedFile:
         self._closing = False
         self._lock = lock_for(self)
         if mode not in _MODES:
-            raise InvalidArgument(f"mode is {mode!r}: give one of {', '.join(_MODES)}")
+            raise InvalidArgument(
+                f"mode is {mode!r}: give one of {', '.join(_MODES)}", errno=errno.EINVAL
+            )
         self.path = path
         self.writable = mode != "r"
         # Not to wait for the other end of what turns out to be a pipe.

@@ -79,7 +79,8 @@ def _check_socket(sock: object) -> None:
     if not isinstance(sock, sockets.socket):
         raise InvalidArgument(
             f"sock is of type {type(sock).__name__}: give a connected socket.socket of AF_UNIX "
-            "(socket.socket(fileno=…) makes one of a descriptor)"
+            "(socket.socket(fileno=…) makes one of a descriptor)",
+            errno=errno.EINVAL,
         )
 
 

@@ -264,20 +264,24 @@ def _form(
     try:
         kind = np.dtype(dtype)
     except (TypeError, ValueError, SyntaxError) as error:
-        raise InvalidArgument(f"{dtype!r} is no dtype: {error}") from error
+        raise InvalidArgument(f"{dtype!r} is no dtype: {error}", errno=errno.EINVAL) from error
     extents = tuple(shape) if isinstance(shape, (tuple, list)) else (shape,)
     extents = tuple(check_integer(extent, "shape") for extent in extents)
     if kind.subdtype is not None:
         kind, inner = kind.subdtype
         extents += inner
     if kind.hasobject:
-        raise InvalidArgument(f"dtype {kind} holds Python objects, which live in one process only")
+        raise InvalidArgument(
+            f"dtype {kind} holds Python objects, which live in one process only", errno=errno.EINVAL
+        )
     if not kind.itemsize:
-        raise InvalidArgument(f"dtype {kind} has no size: say how many characters or bytes")
+        raise InvalidArgument(
+            f"dtype {kind} has no size: say how many characters or bytes", errno=errno.EINVAL
+        )
     if any(extent < 0 for extent in extents):
-        raise InvalidArgument(f"shape {extents} has a negative extent")
+        raise InvalidArgument(f"shape {extents} has a negative extent", errno=errno.EINVAL)
     if order not in ("C", "F"):
-        raise InvalidArgument(f"order is {order!r}: give 'C' or 'F'")
+        raise InvalidArgument(f"order is {order!r}: give 'C' or 'F'", errno=errno.EINVAL)
     return extents, kind, math.prod(extents) * kind.itemsize
 
 

@@ -131,4 +131,4 @@ def fit(
 def check_order(order: str) -> None:
     """Refuse what is no order of an array's elements."""
     if order not in ("C", "F"):
-        raise InvalidArgument(f"order is {order!r}: give 'C' or 'F'")
+        raise InvalidArgument(f"order is {order!r}: give 'C' or 'F'", errno=errno.EINVAL)

@@ -72,7 +72,9 @@ class Placement:
 
     def __post_init__(self) -> None:
         if not 0 <= check_integer(self.guard_pages, "guard_pages") <= 1 << 20:
-            raise InvalidArgument(f"guard_pages is {self.guard_pages}: give 0 to {1 << 20}")
+            raise InvalidArgument(
+                f"guard_pages is {self.guard_pages}: give 0 to {1 << 20}", errno=errno.EINVAL
+            )
         if self.at_address is None:
             return
         if self.guard_pages:

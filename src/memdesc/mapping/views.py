@@ -68,11 +68,15 @@ def view_as_array(
     try:
         kind = np.dtype("u1" if dtype is None else dtype)
     except (TypeError, ValueError, SyntaxError) as error:  # a service's word, perhaps
-        raise InvalidArgument(f"{dtype!r} is no dtype: {error}") from error
+        raise InvalidArgument(f"{dtype!r} is no dtype: {error}", errno=errno.EINVAL) from error
     if kind.hasobject:
-        raise InvalidArgument(f"dtype {kind} holds Python objects, which live in one process only")
+        raise InvalidArgument(
+            f"dtype {kind} holds Python objects, which live in one process only", errno=errno.EINVAL
+        )
     if not kind.itemsize or kind.subdtype:
-        raise InvalidArgument(f"dtype {kind} is of no size, or an array itself: give the shape")
+        raise InvalidArgument(
+            f"dtype {kind} is of no size, or an array itself: give the shape", errno=errno.EINVAL
+        )
     check_order(order)
     offset, room = check_range(offset, None, nbytes, "the memory")
     shape, count = fit(shape, kind, kind.itemsize, room)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -32,7 +33,9 @@ class Contents(Enum):
 
     @classmethod
     def _missing_(cls, value: object) -> Contents:
-        raise InvalidArgument(f"{value!r} is no contents: give Contents.ZEROED or UNDEFINED")
+        raise InvalidArgument(
+            f"{value!r} is no contents: give Contents.ZEROED or UNDEFINED", errno=errno.EINVAL
+        )
 
 
 class Refusal(Enum):

@@ -444,11 +444,12 @@ def close_object(object_: Holder) -> None:
 def check_name(name: str) -> str:
     """Give a name back that a memfd can carry, else raise `InvalidArgument`."""
     if not isinstance(name, str):
-        raise InvalidArgument(f"name is of type {type(name).__name__}: give a str")
+        raise InvalidArgument(f"name is a {type(name).__name__}: give a str", errno=errno.EINVAL)
     if "\0" in name or len(os.fsencode(name)) > 249:
         raise InvalidArgument(
             f"name {name[:40]!r} has {len(os.fsencode(name))} bytes: a memfd's name has at most "
-            "249 and no NUL"
+            "249 and no NUL",
+            errno=errno.EINVAL,
         )
     return name
 

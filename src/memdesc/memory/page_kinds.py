@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 from enum import Enum
 
@@ -41,7 +42,8 @@ class PageKind(Enum):
     @classmethod
     def _missing_(cls, value: object) -> PageKind:
         raise InvalidArgument(
-            f"{value!r} is no kind of page: give PageKind.AUTO, BASE, TRANSPARENT_HUGE or HUGE"
+            f"{value!r} is no kind of page: give PageKind.AUTO, BASE, TRANSPARENT_HUGE or HUGE",
+            errno=errno.EINVAL,
         )
 
 

@@ -397,7 +397,9 @@ def configure(
 def _check_limit(limit: int) -> int:
     limit = check_integer(limit, "limit")
     if limit < 0:
-        raise InvalidArgument(f"limit is {limit}: give bytes, or 0 to keep nothing")
+        raise InvalidArgument(
+            f"limit is {limit}: give bytes, or 0 to keep nothing", errno=errno.EINVAL
+        )
     if not limit:
         return 0
     room = available()
@@ -431,7 +433,7 @@ def trim(to_bytes: int = 0) -> int:
     0
     """
     if check_integer(to_bytes, "to_bytes") < 0:
-        raise InvalidArgument(f"to_bytes is {to_bytes}: give 0 or more")
+        raise InvalidArgument(f"to_bytes is {to_bytes}: give 0 or more", errno=errno.EINVAL)
     return _recycler.trim(to_bytes)
 
 

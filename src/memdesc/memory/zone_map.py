@@ -379,7 +379,9 @@ def configure(*, size: int) -> None:
     """
     size = round_page(check_length(size, "size of the zone map"))
     if size > MAX_LENGTH // _ROOM:
-        raise InvalidArgument(f"a zone map of {size:,} bytes has no room in any address space")
+        raise InvalidArgument(
+            f"a zone map of {size:,} bytes has no room in any address space", errno=errno.EINVAL
+        )
     if len(_maps) > _inherited:
         raise InvalidArgument(
             f"the zone map has {_map().size:,} bytes since the first zone was made: set {size:,} "
@@ -409,9 +411,13 @@ def set_warning(
         Not 1 to 100; not callable.
     """
     if callback is not None and not callable(callback):
-        raise InvalidArgument(f"callback is of type {type(callback).__name__}: give a function")
+        raise InvalidArgument(
+            f"callback is of type {type(callback).__name__}: give a function", errno=errno.EINVAL
+        )
     if not 1 <= check_integer(percent, "percent") <= 100:
-        raise InvalidArgument(f"percent is {percent}: give 1 to 100, of the zone map's size")
+        raise InvalidArgument(
+            f"percent is {percent}: give 1 to 100, of the zone map's size", errno=errno.EINVAL
+        )
     _settings.warning, _settings.percent = callback, percent
     if len(_maps) > _inherited:
         _map().rearm()

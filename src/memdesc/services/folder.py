@@ -60,7 +60,8 @@ def socket_path(name: str) -> str:
     if len(os.fsencode(path)) > _PATH_MAX:
         raise InvalidArgument(
             f"the socket's path {path} has {len(os.fsencode(path))} bytes, Unix sockets take "
-            f"{_PATH_MAX}: choose a shorter name, or set MEMDESC_RUNTIME_DIR"
+            f"{_PATH_MAX}: choose a shorter name, or set MEMDESC_RUNTIME_DIR",
+            errno=errno.EINVAL,
         )
     return path
 
@@ -69,7 +70,8 @@ def _check_name(name: str) -> None:
     if not isinstance(name, str) or not name or "\0" in name or name in (".", ".."):
         raise InvalidArgument(
             f"{name!r} is no name for a service: give text, like 'camera', or with a slash the "
-            "path of its socket, in a folder that exists"
+            "path of its socket, in a folder that exists",
+            errno=errno.EINVAL,
         )
 
 

@@ -6,6 +6,7 @@ never dereferenced in another one; an offset belongs to a descriptor. They are d
 
 from __future__ import annotations
 
+import errno
 import os
 from enum import Enum
 from typing import Final, NewType, TypeVar
@@ -33,7 +34,7 @@ def by_name(kind: type[_E], value: object, what: str) -> _E:
     name = value.upper().replace("-", "_") if isinstance(value, str) else ""
     if name not in kind.__members__:
         choices = ", ".join(f"{kind.__name__}.{choice}" for choice in kind.__members__)
-        raise InvalidArgument(f"{value!r} is no {what}: give one of {choices}")
+        raise InvalidArgument(f"{value!r} is no {what}: give one of {choices}", errno=errno.EINVAL)
     return kind[name]
 
 
@@ -91,7 +92,7 @@ def check_length(length: int, what: str = "length") -> int:
     """
     value = check_integer(length, what)
     if value < 1:
-        raise InvalidArgument(f"{what} is {value}: give at least 1 byte")
+        raise InvalidArgument(f"{what} is {value}: give at least 1 byte", errno=errno.EINVAL)
     return value
 
 
@@ -99,7 +100,9 @@ def check_alignment(alignment: int) -> int:
     """Give an alignment in bytes back if it is a power of two up to 2**40, else raise."""
     value = check_integer(alignment, "alignment")
     if value < 1 or value & (value - 1) or value > 1 << 40:
-        raise InvalidArgument(f"alignment is {value}: give a power of two up to 2**40")
+        raise InvalidArgument(
+            f"alignment is {value}: give a power of two up to 2**40", errno=errno.EINVAL
+        )
     return value
 
 
@@ -109,9 +112,13 @@ def check_integer(value: int, what: str) -> int:
         number = value.__index__()
     except AttributeError:
         kind = type(value).__name__
-        raise InvalidArgument(f"{what} is of type {kind}: give an integer") from None
+        raise InvalidArgument(
+            f"{what} is of type {kind}: give an integer", errno=errno.EINVAL
+        ) from None
     if not -MAX_LENGTH <= number <= MAX_LENGTH:
-        raise InvalidArgument(f"{what} is {number}: Linux counts up to 2**63 - 1 ({MAX_LENGTH})")
+        raise InvalidArgument(
+            f"{what} is {number}: Linux counts up to 2**63 - 1 ({MAX_LENGTH})", errno=errno.EINVAL
+        )
     return number
 
 
@@ -149,7 +156,8 @@ def round_page(address: int, size: int = page_size) -> int:
     rounded = address + -address % size
     if rounded > MAX_LENGTH:
         raise InvalidArgument(
-            f"{address} rounded up to a page of {size} is past 2**63 - 1: no such memory"
+            f"{address} rounded up to a page of {size} is past 2**63 - 1: no such memory",
+            errno=errno.EINVAL,
         )
     return rounded
 

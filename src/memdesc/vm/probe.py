@@ -108,7 +108,9 @@ def probe_feature(name: str) -> Feature:
     """
     trial = _TRIALS.get(name)
     if trial is None:
-        raise InvalidArgument(f"no feature is called {name!r}: there are {', '.join(FEATURES)}")
+        raise InvalidArgument(
+            f"no feature is called {name!r}: there are {', '.join(FEATURES)}", errno=errno.EINVAL
+        )
     try:
         found = trial.attempt()
     except (_Lacking, MemdescError) as error:

@@ -58,7 +58,8 @@ def check_task(task: object, name: str = "task") -> None:
     if not isinstance(task, Task):
         raise InvalidArgument(
             f"{name} is of type {type(task).__name__}: give a Task, for instance Task(pid), or the "
-            "`task` of a client or connection"
+            "`task` of a client or connection",
+            errno=errno.EINVAL,
         )
 
 
@@ -204,7 +205,9 @@ class Task:
             The peer lives outside this process's pid namespace (EPERM).
         """
         if sock.family != sockets.AF_UNIX:
-            raise InvalidArgument("only a Unix socket tells whose task the peer is: give one")
+            raise InvalidArgument(
+                "only a Unix socket tells whose task the peer is: give one", errno=errno.EINVAL
+            )
         doing = "tell whose task is the socket's peer"
         pid, uid, gid = peer_credentials(sock)
         pidfd = _peer_pidfd(sock, doing)

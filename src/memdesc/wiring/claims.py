@@ -371,7 +371,7 @@ def wire_count(address: int) -> int:
     """How many claims cover the page at `address`."""
     value = check_integer(address, "address")
     if value < 0:
-        raise InvalidArgument(f"address is {value}: addresses are 0 or more")
+        raise InvalidArgument(f"address is {value}: addresses are 0 or more", errno=errno.EINVAL)
     return _books.counts.at(value)
 
 

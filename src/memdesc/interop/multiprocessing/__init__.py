@@ -9,6 +9,7 @@ arrays travel as before. So do PyArrow's tables (`tables`). Descriptors themselv
 from __future__ import annotations
 
 import copyreg
+import errno
 import pickle
 import sys
 import typing
@@ -115,7 +116,7 @@ def install(*, access: Access = Access.READ_ONLY, plain: str = "copy") -> None:
     """
     global _settings
     if plain not in ("copy", "refuse"):
-        raise InvalidArgument(f"plain is {plain!r}: give 'copy' or 'refuse'")
+        raise InvalidArgument(f"plain is {plain!r}: give 'copy' or 'refuse'", errno=errno.EINVAL)
     access = Access(access)
     before = {} if _settings is None else _settings.before
     # A child or a fork server that imports the main module does no more until it sends.
@@ -205,7 +206,8 @@ def writable(array: Array) -> Array:
     if home is None:
         raise InvalidArgument(
             "the array lies in no descriptor that is open, so receivers get a copy, which they can "
-            "write anyhow: make it with memdesc.empty"
+            "write anyhow: make it with memdesc.empty",
+            errno=errno.EINVAL,
         )
     if not array.flags.writeable or not home.descriptor.max_access.writable:
         raise SealedError(

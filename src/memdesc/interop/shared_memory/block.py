@@ -110,11 +110,17 @@ class SharedMemory:
     ) -> None:
         size = check_integer(size, "size")
         if size < 0 or (create and size == 0):
-            raise InvalidArgument(f"size is {size}: a block has at least one byte")
+            raise InvalidArgument(
+                f"size is {size}: a block has at least one byte", errno=errno.EINVAL
+            )
         if name is None and not create:
-            raise InvalidArgument("there is no name to attach to: give one, or say create=True")
+            raise InvalidArgument(
+                "there is no name to attach to: give one, or say create=True", errno=errno.EINVAL
+            )
         if create and readonly:
-            raise InvalidArgument("a block that is made read-only could never be filled")
+            raise InvalidArgument(
+                "a block that is made read-only could never be filled", errno=errno.EINVAL
+            )
         keeping.look_after()
         self._access = Access.READ_ONLY if readonly else Access.READ_WRITE
         if create:

@@ -91,7 +91,9 @@ def check_name(name: str) -> str:
         It is no str, empty, has a slash or NUL in it, or more than 255 bytes (EINVAL).
     """
     if not isinstance(name, str):
-        raise InvalidArgument(f"name is of type {type(name).__name__}: give a str")
+        raise InvalidArgument(
+            f"name is of type {type(name).__name__}: give a str", errno=errno.EINVAL
+        )
     bare = name.lstrip("/")
     try:
         nbytes = len(os.fsencode(bare))

@@ -251,7 +251,8 @@ def _room_for(item: Item) -> int:
     if room > _MOST_BYTES:
         raise InvalidArgument(
             f"an item of {nbytes:,} bytes: one has less than 10,000,000; put it into a block of "
-            "its own"
+            "its own",
+            errno=errno.EINVAL,
         )
     return room
 
@@ -264,12 +265,15 @@ def _pack(item: Item, room: int) -> tuple[str, int, bytes]:
     if form is None:
         raise InvalidArgument(
             f"an item of type {type(item).__name__}: a ShareableList stores int, float, bool, "
-            "str, bytes and None"
+            "str, bytes and None",
+            errno=errno.EINVAL,
         )
     try:
         data = struct.pack(form, item is True if form.startswith("x") else item)
     except struct.error as error:
-        raise InvalidArgument(f"{item} does not fit: an int has 64 bits here") from error
+        raise InvalidArgument(
+            f"{item} does not fit: an int has 64 bits here", errno=errno.EINVAL
+        ) from error
     return form, _NONE if item is None else _PLAIN, data
 
 
@@ -277,7 +281,8 @@ def _pack_text(item: str | bytes, room: int) -> tuple[str, int, bytes]:
     data = _encoded(item)
     if len(data) > room:
         raise InvalidArgument(
-            f"the item of {len(data):,} bytes exceeds available storage: {room:,} bytes are there"
+            f"the item of {len(data):,} bytes exceeds available storage: {room:,} bytes are there",
+            errno=errno.EINVAL,
         )
     code = _TEXT if isinstance(item, str) else _BYTES
     if data.endswith(b"\0"):

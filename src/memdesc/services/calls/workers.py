@@ -40,7 +40,7 @@ class Workers:
 
     def __init__(self, most: int = WORKERS) -> None:
         if check_integer(most, "workers") < 1:
-            raise InvalidArgument(f"workers is {most}: give 1 or more")
+            raise InvalidArgument(f"workers is {most}: give 1 or more", errno=errno.EINVAL)
         self.most = most
         self._lock = threading.Lock()
         self._turns: deque[object] = deque()  # who has jobs that wait; the next one first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Annotated
 
 import msgspec
@@ -57,7 +58,8 @@ def check_name(name: str, what: str = "a share") -> str:
     """Give a name back if it can travel, else raise `InvalidArgument`. `what` has that name."""
     if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not _can_be_encoded(name):
         raise InvalidArgument(
-            f"the name of {what} is text of 1 to {MAX_NAME:,} characters, not {str(name)[:80]!r}"
+            f"the name of {what} is text of 1 to {MAX_NAME:,} characters, not {str(name)[:80]!r}",
+            errno=errno.EINVAL,
         )
     return name
 

@@ -224,3 +224,11 @@ def test_without_the_library_it_says_what_to_install() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
     )
     assert "memdesc[metrics]" in done.stdout
+
+
+def test_a_path_that_is_no_utf_8_keeps_no_metric_from_the_scraper(tmp_path: Path) -> None:
+    registry = CollectorRegistry()
+    with md.Service(f"{tmp_path}/a\udcff\n") as service:
+        registry.register(Collector(service))
+        text = generate_latest(registry).decode()
+    assert f'memdesc_service_clients{{service="{tmp_path}/a\\\\udcff\\n"}} 0.0' in text.splitlines()

@@ -393,3 +393,34 @@ def test_descriptors_with_an_answer_that_needs_none_are_closed() -> None:
         assert client.request(pull, protocol.Done)[1] == []
         thread.join()
         wait_until(lambda: count_fds() <= before)
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_SEQPACKET, socket.SOCK_STREAM])
+def test_of_whatever_kind_a_socket_is_it_comes_to_its_end(kind: socket.SocketKind) -> None:
+    for sent in (b"", b"unread" * 10):
+        ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
+        with ours, theirs:
+            if sent:
+                theirs.send(sent)
+            done = threading.Thread(target=closing.close_socket, args=(ours,), daemon=True)
+            done.start()
+            done.join(60)
+            assert not done.is_alive()
+            assert ours.fileno() == -1
+
+
+def test_an_interrupt_as_the_thread_is_started_leaves_the_rest_to_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(_: threading.Thread) -> None:
+        raise KeyboardInterrupt
+
+    user = 4_000_000_000
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            discard([ours.detach()], user)
+    assert closing.held_up().keys() >= {user}
+    wait_until(lambda: user not in closing.held_up())

@@ -181,8 +181,10 @@ def _service_of(one: object) -> object:
 
 
 def _put(found: _Found, names: dict[str, str], labels: tuple[str, ...], *values: int) -> None:
+    # A path need not be UTF-8; one label that is not would keep all others from the scraper.
+    written = tuple(label.encode(errors="backslashreplace").decode() for label in labels)
     for name, value in zip(names, values, strict=True):
-        found[name, labels] += value
+        found[name, written] += value
 
 
 def _tell(found: _Found, one: object) -> None:

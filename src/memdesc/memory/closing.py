@@ -130,8 +130,11 @@ class _Closings:
         )
         try:
             thread.start()
-        except RuntimeError:  # this user may have no more; the next who asks tries again
-            line.thread = None
+        except BaseException as error:  # RuntimeError: this user may have no more
+            if thread.ident is None:
+                line.thread = None  # the next who asks tries again
+            if not isinstance(error, RuntimeError):
+                raise
             return None
         return thread
 
@@ -140,7 +143,8 @@ class _Closings:
             with self._lock:
                 if not line.fds:
                     line.thread = None
-                    del self.lines[user]
+                    if self.lines.get(user) is line:
+                        del self.lines[user]
                     return
                 fd = line.fds.popleft()
             with contextlib.suppress(OSError):  # its last word (EIO); closed it is all the same
@@ -172,8 +176,8 @@ def _has_descriptors(sock: sockets.socket) -> bool:
             data, sender, flags, _ = sock.recvmsg(1, _SENDER, how)
             if flags & sockets.MSG_CTRUNC:  # there is more than who sent it
                 return True
-            if not data and not sender:
-                return False
+            if not data and (not sender or sock.type == sockets.SOCK_STREAM):
+                return False  # of a stream the end has a sender, too: nobody
             sock.recv(1)
     except BlockingIOError:
         return False

@@ -158,6 +158,7 @@ def test_nothing_is_received_of_who_holds_up_too_many(monkeypatch: pytest.Monkey
     with ours, theirs, md.BufferMemoryDescriptor(PAGE) as buffer, md.Service("camera"):
         with md.connect("camera") as connection, slow_to_close() as fd:
             monkeypatch.setattr(closing, "MOST_HELD_UP", 0)
+            monkeypatch.setattr(closing, "SOON", 0.0)
             discard([fd], os.geteuid())
             md.send_descriptor(theirs, buffer)
             for refused in (
@@ -171,6 +172,20 @@ def test_nothing_is_received_of_who_holds_up_too_many(monkeypatch: pytest.Monkey
         wait_until(lambda: not closing.held_up())
         md.receive_descriptor(ours).close()  # as it lay there
         md.connect("camera").close()
+
+
+def test_who_sent_many_at_once_is_not_refused_for_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But no more than a message brings: what waits takes descriptors of this process."""
+    monkeypatch.setattr(closing, "SOON", 60.0)
+    monkeypatch.setattr(closing, "MOST_AT_ONCE", 40)
+    with md.Service("camera"), md.connect("camera") as connection, slow_to_close() as fd:
+        discard([fd, *(os.open(os.devnull, os.O_RDONLY) for _ in range(30))], os.geteuid())
+        wait_until(lambda: closing.held_up() == {os.geteuid(): 31})
+        assert connection.shares(timeout=20) == []
+        discard([os.open(os.devnull, os.O_RDONLY) for _ in range(10)], os.geteuid())
+        with pytest.raises(md.AccessDeniedError):
+            connection.shares(timeout=20)
+    wait_until(lambda: not closing.held_up())
 
 
 def test_a_file_that_says_an_error_when_it_is_closed(tmp_path: Path) -> None:
@@ -244,7 +259,10 @@ def slow_files(one: Puppet, kind: str, count: int, folder: Path) -> Iterator[Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sockets", "files"])
-def test_who_holds_up_closings_is_refused_until_they_end(kind: str, tmp_path: Path) -> None:
+def test_who_holds_up_closings_is_refused_until_they_end(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(closing, "SOON", 0.0)
     uid = os.geteuid()
     with tempfile.TemporaryDirectory(prefix="md-") as folder, Puppet() as one:
         Path(folder).chmod(0o755)

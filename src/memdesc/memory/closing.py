@@ -23,7 +23,12 @@ from memdesc.vm.forks import lock_for, tell_child
 from memdesc.vm.task import peer_credentials
 
 MOST_HELD_UP = 16
-"""Descriptors of one user that may wait to be closed; one more, and his tasks are refused."""
+"""Descriptors of one user that may wait to be closed; with more his tasks are refused, if any have
+waited for `SOON` or there are more than `MOST_AT_ONCE`: else a busy machine would refuse them."""
+SOON = 1.0
+"""Seconds."""
+MOST_AT_ONCE = 256
+"""As many as come with one message (SCM_MAX_FD is 253)."""
 _PATIENCE = 0.1
 """Seconds that closings are given all the same: nearly always one takes a few microseconds."""
 _SHARE = 0.1
@@ -69,11 +74,12 @@ def check_held_up(sock: sockets.socket) -> None:
     if not _closings.lines:
         return
     user = peer_credentials(sock)[1]
-    count = _closings.count(user)
-    if count > MOST_HELD_UP:
+    count, seconds = _closings.waiting(user)
+    if count > MOST_HELD_UP and (seconds > SOON or count > MOST_AT_ONCE):
         raise AccessDeniedError(
             f"nothing is received from user {user}: of the descriptors that his tasks sent task "
-            f"{os.getpid()}, {count:,} wait to be closed, and {MOST_HELD_UP} may; they are of a "
+            f"{os.getpid()}, {count:,} wait to be closed (for {seconds:.1f} s), and "
+            f"{MOST_HELD_UP} may; they are of a "
             "file system that does not answer (FUSE), or sockets that linger (SO_LINGER): end "
             "its server, or reset them",
             errno=errno.EDQUOT,
@@ -82,16 +88,17 @@ def check_held_up(sock: sockets.socket) -> None:
 
 def held_up() -> dict[int, int]:
     """How many descriptors wait to be closed, by the user they came from."""
-    return {user: _closings.count(user) for user in list(_closings.lines)}
+    return {user: _closings.waiting(user)[0] for user in list(_closings.lines)}
 
 
 class _Line:
     """What is to be closed of one user's; the thread is that which does it, if there is one."""
 
-    __slots__ = ("fds", "thread")
+    __slots__ = ("fds", "since", "thread")
 
     def __init__(self) -> None:
         self.fds: deque[int] = deque()
+        self.since = time.monotonic()  # a line ends when nothing waits in it
         self.thread: threading.Thread | None = None
 
 
@@ -113,13 +120,14 @@ class _Closings:
         if started is not None:
             self._wait_for(started)
 
-    def count(self, user: int) -> int:
+    def waiting(self, user: int) -> tuple[int, float]:
+        """How many of his wait, and for how many seconds there always were some."""
         with self._lock:
             line = self.lines.get(user)
             if line is None:
-                return 0
+                return 0, 0.0
             self._go_on(user, line)
-            return len(line.fds) + (line.thread is not None)
+            return len(line.fds) + (line.thread is not None), time.monotonic() - line.since
 
     def _go_on(self, user: int, line: _Line) -> threading.Thread | None:
         """Have a line closed; give the thread if that began now."""

@@ -97,6 +97,17 @@ def region(address: int) -> Region | None:
         return region_at(task, address)
 
 
+def is_gone(before: Region | None, address: int) -> bool:
+    """Whether a region is there no more; another may have taken its place meanwhile."""
+    assert before is not None
+    now = region(address)
+    return now is None or (now.start, now.permissions, now.object) != (
+        before.start,
+        before.permissions,
+        before.object,
+    )
+
+
 def locked_pages() -> int:
     """Pages locked in this task by the kernel's own count."""
     with Task.current() as task:

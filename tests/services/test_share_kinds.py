@@ -135,7 +135,8 @@ def test_what_no_client_would_take_is_refused_to_who_shares_it(both):
     for enforced in (True, False):
         with pytest.raises(md.MappingError) as caught:
             service.share("it", view, enforced=enforced)
-        assert caught.value.reason is md.MappingReason.CAN_SHRINK
+        # Without the privilege to open it, not even that is known.
+        assert caught.value.reason.name in ("CAN_SHRINK", "NOT_PRIVILEGED")
         assert caught.value.errno == errno.EPERM
     part = filled(md.Access.READ_WRITE)
     mixed = md.MultiMemoryDescriptor([filled(), part])  # read-only at most, which one part is not

@@ -321,7 +321,7 @@ def leak_guard(*, allow: Collection[LeakKind] = (), settle: float = 1.0) -> Iter
 
     Examples
     --------
-    >>> with leak_guard(settle=0):
+    >>> with leak_guard(settle=0.1):
     ...     ends = os.pipe()
     Traceback (most recent call last):
     memdesc.testing.leaks.LeakError: 2 left behind:...

@@ -10,7 +10,7 @@ from typing import Protocol
 from memdesc import _core
 from memdesc.copyio.transfer import explain
 from memdesc.errors import InvalidArgument
-from memdesc.vm.task import Task
+from memdesc.vm.task import Task, key_of
 
 
 class Route(Enum):
@@ -34,15 +34,11 @@ class Copier(Protocol):
         """Store `data` at `address` of the task."""
 
 
-# By pid and start time: a Task as the key would hold its pidfd, and it may be another connection's.
+# By key: a Task may be another connection's, whose pidfd it would hold.
 _copiers: dict[tuple[int, int], dict[int, Copier]] = {}
 # Reentrant: the collector may end a dropped connection, and unregister its copier, at any moment.
 # So only `register_copier`, which it never calls, takes an inner dict out, and none is replaced.
 _copiers_lock = threading.RLock()
-
-
-def _key(task: Task) -> tuple[int, int]:
-    return task.pid, task.start_time
 
 
 def register_copier(task: Task, copier: Copier) -> None:
@@ -50,7 +46,7 @@ def register_copier(task: Task, copier: Copier) -> None:
     with _copiers_lock:
         for key in [key for key, registered in _copiers.items() if not registered]:
             del _copiers[key]
-        _copiers.setdefault(_key(task), {})[id(copier)] = copier
+        _copiers.setdefault(key_of(task), {})[id(copier)] = copier
 
 
 def renew_lock() -> None:
@@ -68,7 +64,7 @@ def unregister_copier(task: Task, copier: Copier) -> None:
         It was not registered for that task.
     """
     with _copiers_lock:
-        if _copiers.get(_key(task), {}).pop(id(copier), None) is None:
+        if _copiers.get(key_of(task), {}).pop(id(copier), None) is None:
             raise InvalidArgument(f"{copier!r} is not registered for {task!r}", errno=errno.EINVAL)
 
 
@@ -101,5 +97,5 @@ def route(task: Task) -> Route:
 def copier_of(task: Task) -> Copier | None:
     """Give the copier that stands in for the kernel, if a task has one."""
     with _copiers_lock:
-        registered = list(_copiers.get(_key(task), {}).values())
+        registered = list(_copiers.get(key_of(task), {}).values())
         return registered[-1] if registered else None

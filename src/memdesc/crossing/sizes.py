@@ -39,8 +39,8 @@ class Thresholds:
     copy_by_mapping: int | None = None
 
     def __post_init__(self) -> None:
-        for name in (field.name for field in fields(self)):
-            value = getattr(self, name)
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
             if value is None and name != "inline":
                 continue
             if isinstance(value, bool) or check_integer(value, name) < 0:

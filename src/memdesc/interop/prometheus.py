@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -146,11 +146,11 @@ class Collector:
 
     def describe(self) -> Iterator[Metric]:
         """Give the metrics without values: a registry asks whether they are anybody else's."""
-        yield from _families(Counter())
+        yield from _families({})
 
     def collect(self) -> Iterator[Metric]:
         """Give the metrics as they are now."""
-        found: _Found = Counter()
+        found: _Found = defaultdict(Counter)
         for ref in self._services:
             with contextlib.suppress(ClosedError):  # closed meanwhile
                 _tell(found, ref())
@@ -172,7 +172,7 @@ class Collector:
         yield from _families(found)
 
 
-_Found = Counter[tuple[str, tuple[str, ...]]]
+_Found = dict[str, Counter[tuple[str, ...]]]
 """Values by metric and labels. Of what has one name (zones may) the sum: a label is told once."""
 
 
@@ -184,7 +184,7 @@ def _put(found: _Found, names: dict[str, str], labels: tuple[str, ...], *values:
     # A path need not be UTF-8; one label that is not would keep all others from the scraper.
     written = tuple(label.encode(errors="backslashreplace").decode() for label in labels)
     for name, value in zip(names, values, strict=True):
-        found[name, written] += value
+        found[name][written] += value
 
 
 def _tell(found: _Found, one: object) -> None:
@@ -234,7 +234,6 @@ def _families(found: _Found) -> Iterator[Metric]:
         for name, about in names.items():
             kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
             family = kind(name, about, labels=labels)
-            for (of, values), value in found.items():
-                if of == name:
-                    family.add_metric(values, value)
+            for values, value in found.get(name, {}).items():
+                family.add_metric(values, value)
             yield family

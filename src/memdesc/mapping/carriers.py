@@ -12,7 +12,7 @@ from memdesc.errors import MappingError, MappingReason
 from memdesc.mapping.maps import RemoteMemoryMap, Unmapper
 from memdesc.mapping.place import Extent, Placement
 from memdesc.vm.pages import Access
-from memdesc.vm.task import Task
+from memdesc.vm.task import Task, key_of
 
 
 class Carrier(Unmapper, Protocol):
@@ -45,14 +45,9 @@ class Carrier(Unmapper, Protocol):
         """Make a mapping there, without stopping the event loop."""
 
 
-# Weak: a connection that its program dropped ends, and reaches no one. By pid and start time: a
-# Task as the key would hold its pidfd.
+# Weak: a connection that its program dropped ends, and reaches no one.
 _carriers: dict[tuple[int, int], weakref.WeakSet[Carrier]] = {}
 _carriers_lock = threading.Lock()
-
-
-def _key(task: Task) -> tuple[int, int]:
-    return task.pid, task.start_time
 
 
 def add_carrier(carrier: Carrier) -> None:
@@ -60,17 +55,17 @@ def add_carrier(carrier: Carrier) -> None:
     with _carriers_lock:
         for key in [key for key, known in _carriers.items() if not known]:
             del _carriers[key]  # of connections that were dropped, not closed
-        _carriers.setdefault(_key(carrier.task), weakref.WeakSet()).add(carrier)
+        _carriers.setdefault(key_of(carrier.task), weakref.WeakSet()).add(carrier)
 
 
 def remove_carrier(carrier: Carrier) -> None:
     """Forget it; a no-op where it is not known."""
     with _carriers_lock:
-        known = _carriers.get(_key(carrier.task))
+        known = _carriers.get(key_of(carrier.task))
         if known is not None:
             known.discard(carrier)
             if not known:
-                del _carriers[_key(carrier.task)]
+                del _carriers[key_of(carrier.task)]
 
 
 def forget_carriers() -> None:
@@ -89,7 +84,7 @@ def carrier_to(task: Task, connection: object | None) -> Carrier:
         NOT_CONNECTED (ENOTCONN), SEVERAL_CONNECTIONS (EINVAL).
     """
     with _carriers_lock:
-        known = list(_carriers.get(_key(task), ()))
+        known = list(_carriers.get(key_of(task), ()))
     if connection is not None:
         known = [carrier for carrier in known if carrier is connection]
     if len(known) == 1:

@@ -62,13 +62,13 @@ class Limits:
     events: int = 64
 
     def __post_init__(self) -> None:
-        for name, kind in [(field.name, field.type) for field in fields(self)]:
-            value = getattr(self, name)
-            if value is None and "None" in str(kind):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None and "None" in str(field.type):
                 continue
-            if check_integer(value, name) < 0:
+            if check_integer(value, field.name) < 0:
                 raise InvalidArgument(
-                    f"{name} is {value}: a limit is 0 or more", errno=errno.EINVAL
+                    f"{field.name} is {value}: a limit is 0 or more", errno=errno.EINVAL
                 )
 
 

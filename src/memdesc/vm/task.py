@@ -63,6 +63,11 @@ def check_task(task: object, name: str = "task") -> None:
         )
 
 
+def key_of(task: Task) -> tuple[int, int]:
+    """Give what a task is known by where it is not to be held: as a key, its pidfd would stay."""
+    return task.pid, task.start_time
+
+
 @final
 class Task:
     """A process as the owner of an address space (I/O Kit: `task_t`).
@@ -359,13 +364,13 @@ class Task:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Task):
             return NotImplemented
-        return (self.pid, self.start_time) == (other.pid, other.start_time)
+        return key_of(self) == key_of(other)
 
     def __hash__(self) -> int:
-        return hash((self.pid, self.start_time))
+        return hash(key_of(self))
 
     def __reduce__(self) -> Any:
-        return _reopen, (self.pid, self.start_time)
+        return _reopen, key_of(self)
 
     def __repr__(self) -> str:
         closed = ", closed" if self._pidfd < 0 else ""
